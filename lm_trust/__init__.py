@@ -1,0 +1,3 @@
+"""lm_trust: trust-region policy optimisation for language models and control tasks, on one core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,131 @@
+"""Advantage estimators and masked statistics, as pure functions of (B, T) tensors.
+
+T is the last axis. `terminated` is a true end of the task (its value is zero), `truncated` an outside limit (the value
+of the state it stopped in still counts); both cut the trace.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    Args:
+        rewards, values: (B, T).
+        next_values: (B, T), the value of the state that each action led to. At a truncation that is the value of the
+            final observation, never of the observation after a reset; at a termination it is ignored.
+        terminated, truncated: (B, T) bool.
+        gamma: discount.
+        lam: trace decay; 0 gives one-step errors, 1 gives returns minus values.
+
+    Returns:
+        advantages and returns (advantages + values), each (B, T).
+    """
+    deltas = rewards + gamma * torch.where(terminated, torch.zeros_like(next_values), next_values) - values
+    carry = gamma * lam * (~(terminated | truncated)).to(deltas.dtype)
+    advantages = _discounted_sum(deltas, carry)
+    return advantages, advantages + values
+
+
+def returns_to_go(rewards: Tensor, ended: Tensor, *, gamma: float) -> Tensor:
+    """Discounted sum of rewards from each step to the end of its episode, (B, T); with a baseline, A = G - V.
+
+    Args:
+        rewards: (B, T).
+        ended: (B, T) bool, True at the last step of an episode.
+        gamma: discount.
+    """
+    return _discounted_sum(rewards, gamma * (~ended).to(rewards.dtype))
+
+
+def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+    """Score minus the mean of the others in its group (Kool et al. 2019; RLOO, Ahmadian et al. 2024).
+
+    Args:
+        scores: (B,), consecutive `group_size` rows forming a group.
+
+    Returns:
+        (B,) advantages.
+
+    Raises:
+        ValueError: a group of fewer than two, or B not a multiple of the group.
+    """
+    groups = _grouped(scores, group_size)
+    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(scores.shape)
+
+
+def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
+    """Score minus its group's mean, over the group's standard deviation (GRPO, Shao et al. 2024).
+
+    Args:
+        scores: (B,), consecutive `group_size` rows forming a group.
+        scale: divide by the standard deviation; False is Dr. GRPO (Liu et al. 2025).
+
+    Returns:
+        (B,) advantages; a group of equal scores gives zeros.
+
+    Raises:
+        ValueError: a group of fewer than two, or B not a multiple of the group.
+    """
+    groups = _grouped(scores, group_size)
+    centred = groups - groups.mean(-1, keepdim=True)
+    if scale:
+        centred = _divide_by_deviation(centred, groups.std(-1, keepdim=True), groups.abs().amax(-1, keepdim=True))
+    return centred.reshape(scores.shape)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of x over True entries of mask, a scalar; 0 where none is True. Masked entries may hold anything."""
+    if mask is None:
+        return x.mean()
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x shifted and scaled to mean 0 and standard deviation 1 over True entries; masked entries become 0.
+
+    Finite for one valid item or zero variance (both give zeros).
+    """
+    if mask is None:
+        mask = torch.ones_like(x, dtype=torch.bool)
+    valid = torch.where(mask, x, 0.0)
+    count = mask.sum()
+    centred = torch.where(mask, valid - valid.sum() / count.clamp_min(1), 0.0)
+    deviation = (centred.square().sum() / (count - 1).clamp_min(1)).sqrt()
+    return _divide_by_deviation(centred, deviation, valid.abs().amax())
+
+
+def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
+    """y_t = x_t + carry_t * y_{t+1} along the last axis."""
+    total = torch.zeros_like(x[..., 0])
+    columns = []
+    for value, factor in zip(reversed(x.unbind(-1)), reversed(carry.unbind(-1)), strict=True):
+        total = value + factor * total
+        columns.append(total)
+    return torch.stack(columns[::-1], dim=-1)
+
+
+def _grouped(scores: Tensor, group_size: int) -> Tensor:
+    if group_size < 2 or scores.numel() % group_size:
+        raise ValueError(f"{scores.numel()} scores do not form groups of {group_size} (at least 2 a group)")
+    return scores.reshape(-1, group_size)
+
+
+def _divide_by_deviation(centred: Tensor, deviation: Tensor, magnitude: Tensor) -> Tensor:
+    """centred / deviation, but zero where the deviation is only rounding of numbers of this magnitude."""
+    rounding = 10 * torch.finfo(centred.dtype).eps * magnitude
+    real = deviation > rounding
+    return torch.where(real, centred / torch.where(real, deviation, 1.0), 0.0)

@@ -1,0 +1,104 @@
+"""The data that both worlds hand to the learner: a `Rollout` as collected, a `Batch` as an update rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_trust.core.distributions import Distribution
+
+
+@dataclass
+class Rollout:
+    """One iteration's experience: B rows (environments or sequences) of T steps.
+
+    Attributes:
+        observations: what `policy.distribution` takes; rows are selected with `[rows]`, and it has a length.
+        actions: (B, T) or (B, T, A), as sampled (never clipped).
+        rewards: (B, T), what the learner optimises; control may have scaled them.
+        terminated: (B, T) bool, a true end.
+        truncated: (B, T) bool, an outside limit.
+        mask: (B, T) bool, True at real actions.
+        critic_inputs: what the critic's network takes at each step, (B, T, ...); None where there is no critic.
+        next_critic_inputs: the same for the state that each action led to, (B, T, ...).
+        reference: the frozen reference policy's distribution at the same steps, where there is one.
+        group_size: consecutive rows that share a prompt.
+        whole_sequences: True where rows are sequences that a minibatch must not cut.
+        metrics: the world's own numbers for the log, unscaled.
+    """
+
+    observations: Any
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    mask: Tensor
+    critic_inputs: Tensor | None = None
+    next_critic_inputs: Tensor | None = None
+    reference: Distribution | None = None
+    group_size: int = 1
+    whole_sequences: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """What an update rule sees. Rows are sequences in the language world and single steps in the control world.
+
+    Attributes:
+        observations: as in `Rollout`.
+        actions: (B, T), (B, T, A), (N,) or (N, A).
+        old: the distribution that sampled, detached.
+        old_log_prob: its log-probability of the actions, nats per step.
+        advantages: like old_log_prob.
+        mask: like old_log_prob, bool.
+        reference: the reference policy's distribution, where there is one.
+        progress: fraction of the training done, 0 to 1, for schedules.
+    """
+
+    observations: Any
+    actions: Tensor
+    old: Distribution
+    old_log_prob: Tensor
+    advantages: Tensor
+    mask: Tensor
+    reference: Distribution | None = None
+    progress: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __getitem__(self, rows: Any) -> Batch:
+        """The batch of the chosen rows."""
+        return Batch(
+            observations=self.observations[rows],
+            actions=self.actions[rows],
+            old=self.old[rows],
+            old_log_prob=self.old_log_prob[rows],
+            advantages=self.advantages[rows],
+            mask=self.mask[rows],
+            reference=None if self.reference is None else self.reference[rows],
+            progress=self.progress,
+        )
+
+    def flattened(self) -> Batch:
+        """The batch with (B, T) merged into N single steps, for policies without memory. Observations are a tensor."""
+        everything = torch.ones(self.mask.shape, dtype=torch.bool)
+        return self[everything]
+
+
+def row_chunks(count: int, size: int | None) -> Iterator[slice]:
+    """Slices that cover `count` rows, `size` at a time; one slice where size is None."""
+    size = count if size is None else size
+    for start in range(0, count, max(size, 1)):
+        yield slice(start, min(start + size, count))
+
+
+def spread_rows(count: int, fraction: float) -> Tensor:
+    """Indices of a share of the rows, evenly spread and at least one: a subset that needs no random draw."""
+    chosen = max(1, round(count * fraction))
+    return torch.arange(chosen) * count // chosen

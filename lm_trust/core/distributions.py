@@ -1,0 +1,175 @@
+"""Exact action distributions: what a policy returns, and all that a trust region needs to know of it.
+
+A distribution knows its own divergence and its own Fisher metric, so nothing above it asks which world it serves.
+Shapes: B rows, T steps (any leading shape will do), V categories, A action dimensions. Entropy and KL in nats per step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Distribution(Protocol):
+    """What the core asks of a distribution over actions, one for every step."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that the Fisher metric speaks of, each (B, T, ...)."""
+
+    def log_prob(self, actions: Tensor) -> Tensor: ...
+
+    def entropy(self) -> Tensor: ...
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
+
+    def mode(self) -> Tensor: ...
+
+    def kl(self, other: Any) -> Tensor: ...
+
+    def fisher_product(self, *tangents: Tensor) -> Tensor | tuple[Tensor, ...]: ...
+
+    def detach(self) -> Distribution:
+        """A snapshot: cut from the graph, and from storage that it may share with a parameter that will move."""
+
+    def __getitem__(self, rows: Any) -> Distribution: ...
+
+
+class Categorical:
+    """A categorical distribution over V actions.
+
+    Args:
+        logits: (B, T, V), unnormalised; adding a constant to a row changes nothing, and -inf is probability zero.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self._log_probs: Tensor | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.logits,)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(B, T, V) normalised log-probabilities."""
+        if self._log_probs is None:
+            self._log_probs = torch.log_softmax(self.logits, dim=-1)
+        return self._log_probs
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-probability of actions (B, T), in nats."""
+        return self.log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """(B, T) entropy in nats per step."""
+        return -_expectation(self.log_probs.exp(), self.log_probs)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(B, T) actions, by the exponential race: argmin of Exp(1) / p is distributed as p."""
+        probabilities = self.log_probs.detach().exp()
+        race = torch.empty_like(probabilities).exponential_(generator=generator)
+        return (probabilities / race).argmax(dim=-1)
+
+    def mode(self) -> Tensor:
+        """(B, T) most likely actions."""
+        return self.logits.argmax(dim=-1)
+
+    def kl(self, other: Categorical) -> Tensor:
+        """KL(self || other), exact over all V actions, (B, T) in nats per step; +inf where other excludes an action."""
+        return _expectation(self.log_probs.exp(), self.log_probs - other.log_probs)
+
+    def fisher_product(self, *tangents: Tensor) -> Tensor:
+        """(diag(p) - p p') u for one tangent u of the logits, (B, T, V): the Hessian of KL(self || .) at self."""
+        (tangent,) = tangents
+        probabilities = self.log_probs.exp()
+        return probabilities * (tangent - (probabilities * tangent).sum(-1, keepdim=True))
+
+    def detach(self) -> Categorical:
+        """A snapshot of the distribution, without graph."""
+        return Categorical(self.logits.detach().clone())
+
+    def __getitem__(self, rows: Any) -> Categorical:
+        return Categorical(self.logits[rows])
+
+
+class DiagonalGaussian:
+    """A Gaussian over A independent action dimensions; every quantity sums over A.
+
+    Args:
+        mean: (B, T, A).
+        log_std: broadcastable to mean; a state-independent (A,) vector is the usual case.
+    """
+
+    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
+        self.mean = mean
+        self.log_std = log_std.expand_as(mean)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.mean, self.log_std)
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-density of actions (B, T, A), (B, T) in nats."""
+        standardised = (actions - self.mean) * torch.exp(-self.log_std)
+        return (-0.5 * standardised.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """(B, T) differential entropy in nats per step."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(B, T, A) actions."""
+        mean = self.mean.detach()
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        return mean + self.log_std.detach().exp() * noise
+
+    def mode(self) -> Tensor:
+        """(B, T, A) the mean."""
+        return self.mean
+
+    def kl(self, other: DiagonalGaussian) -> Tensor:
+        """KL(self || other), closed form, summed over A, (B, T) in nats per step."""
+        log_ratio = other.log_std - self.log_std
+        distance = ((self.mean - other.mean) * torch.exp(-other.log_std)).square()
+        return (log_ratio + 0.5 * (torch.exp(-2 * log_ratio) + distance - 1)).sum(-1)
+
+    def fisher_product(self, *tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(dm / sigma^2, 2 ds) for tangents dm of the mean and ds of the log-std, each (B, T, A)."""
+        mean_tangent, log_std_tangent = tangents
+        return mean_tangent * torch.exp(-2 * self.log_std), 2 * log_std_tangent
+
+    def detach(self) -> DiagonalGaussian:
+        """A snapshot of the distribution, without graph; log_std is often a view of a parameter."""
+        return DiagonalGaussian(self.mean.detach().clone(), self.log_std.detach().clone())
+
+    def __getitem__(self, rows: Any) -> DiagonalGaussian:
+        return DiagonalGaussian(self.mean[rows], self.log_std[rows])
+
+
+def kl_estimators(old_log_prob: Tensor, new_log_prob: Tensor) -> dict[str, Tensor]:
+    """Single-sample estimators of KL(old || new) from actions drawn from old.
+
+    Schulman, "Approximating KL Divergence" (2020), with r = new / old: k1 = -log r (unbiased), k2 = (log r)^2 / 2
+    (biased, low variance), k3 = r - 1 - log r (unbiased, never negative). Exact divergences are what this library
+    steps by; these are for comparison with others' logs.
+
+    Args:
+        old_log_prob: (B, T), nats.
+        new_log_prob: (B, T), nats.
+
+    Returns:
+        {"k1", "k2", "k3"}, each (B, T) in nats per step.
+    """
+    log_ratio = new_log_prob - old_log_prob
+    return {"k1": -log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(log_ratio) - log_ratio}
+
+
+def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
+    """Sum of p * value over the last axis, where p = 0 counts nothing even if the value is infinite."""
+    # The infinite value is masked before the product: masked after it, its gradient would still be 0 * inf.
+    return (probabilities * torch.where(probabilities > 0, values, 0.0)).sum(-1)

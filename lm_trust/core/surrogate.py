@@ -1,0 +1,54 @@
+"""Surrogate objectives, per step and to be maximised, and the clipped value loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ratio(old_log_prob: Tensor, new_log_prob: Tensor) -> Tensor:
+    """pi_new(a | s) / pi_old(a | s), (B, T)."""
+    return torch.exp(new_log_prob - old_log_prob)
+
+
+def clipped_surrogate(
+    old_log_prob: Tensor,
+    new_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+) -> Tensor:
+    """PPO's pessimistic surrogate min(r A, clip(r, 1 - clip, 1 + clip) A) (Schulman et al. 2017, eq. 7).
+
+    Args:
+        old_log_prob, new_log_prob, advantages: (B, T).
+        clip: half-width of the band around 1.
+        clip_high: the upper half-width where it differs ("clip-higher", Yu et al. 2025).
+
+    Returns:
+        (B, T), to be maximised.
+    """
+    probability_ratio = ratio(old_log_prob, new_log_prob)
+    high = clip if clip_high is None else clip_high
+    clipped = probability_ratio.clamp(1 - clip, 1 + high)
+    return torch.minimum(probability_ratio * advantages, clipped * advantages)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
+    """Half squared error, the worse of the new value and of the new value held within `clip` of the old one.
+
+    The value loss of PPO's reference implementation (Dhariwal et al. 2017).
+
+    Args:
+        values, old_values, returns: (B, T).
+        clip: how far a value may move, in units of return; None leaves the plain half squared error.
+
+    Returns:
+        (B, T), to be minimised.
+    """
+    error = (values - returns).square()
+    if clip is not None:
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (held - returns).square())
+    return 0.5 * error

@@ -1,0 +1,55 @@
+"""TRPO: one natural-gradient step to the edge of an exact KL bound (Schulman et al. 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lm_trust.core.batch import Batch
+from lm_trust.core.trust_region import StepReport, trust_region_step
+
+
+@dataclass
+class TRPO:
+    """The trust-region step of the core as an update rule; see `trust_region_step` for each setting."""
+
+    max_kl: float = 0.01
+    damping: float = 0.1
+    cg_iterations: int = 10
+    backtrack_ratio: float = 0.8
+    max_backtracks: int = 10
+    accept_ratio: float = 0.0
+    fisher_fraction: float = 1.0
+    fisher_method: str = "auto"
+    microbatch_size: int | None = None
+    reference_loss: float = 0.0
+
+    def step(self, policy: nn.Module, batch: Batch) -> StepReport:
+        """Move the policy in place; the surrogate's old distribution is the policy as it comes."""
+        return trust_region_step(
+            policy,
+            batch.observations,
+            batch.actions,
+            batch.advantages,
+            mask=batch.mask,
+            max_kl=self.max_kl,
+            damping=self.damping,
+            cg_iterations=self.cg_iterations,
+            backtrack_ratio=self.backtrack_ratio,
+            max_backtracks=self.max_backtracks,
+            accept_ratio=self.accept_ratio,
+            fisher_fraction=self.fisher_fraction,
+            fisher_method=self.fisher_method,
+            microbatch_size=self.microbatch_size,
+            reference=batch.reference,
+            reference_loss=self.reference_loss,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is carried from one step to the next."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

@@ -1,0 +1,134 @@
+"""TRPO as an update rule: the core's step on a batch, with a batch's own mask and reference."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lm_trust.core import Categorical, trust_region_step
+from lm_trust.core.batch import Batch
+from lm_trust.updates import TRPO
+
+B, T, D, V = 8, 5, 3, 4
+
+
+class Policy(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, V)).double()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def distribution(self, observations):
+        return Categorical(self.net(observations))
+
+
+def batch_for(policy, reference=None, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        old = policy.distribution(observations)
+        actions = old.sample(generator=generator)
+        return Batch(
+            observations=observations,
+            actions=actions,
+            old=old,
+            old_log_prob=old.log_prob(actions),
+            advantages=torch.randn(B, T, generator=generator, dtype=torch.float64),
+            mask=torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4, 0, 1])[:, None],
+            reference=None if reference is None else reference.distribution(observations),
+        )
+
+
+def vector_of(policy):
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
+def measured_kl(old, new, batch):
+    with torch.no_grad():
+        one = torch.distributions.Categorical(logits=old.net(batch.observations))
+        other = torch.distributions.Categorical(logits=new.net(batch.observations))
+        return torch.distributions.kl_divergence(one, other)[batch.mask]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_kl": 0.05, "damping": 0.01, "cg_iterations": 4},
+        {"fisher_fraction": 0.5, "microbatch_size": 3},
+        {"fisher_method": "finite_difference", "backtrack_ratio": 0.5},
+    ],
+)
+def test_is_the_cores_step_with_the_rules_settings(settings):
+    policy, plain = Policy(), Policy()
+    batch = batch_for(policy)
+    report = TRPO(**settings).step(policy, batch)
+    expected = trust_region_step(
+        plain, batch.observations, batch.actions, batch.advantages, mask=batch.mask, **settings
+    )
+    assert report == expected
+    assert torch.equal(vector_of(policy), vector_of(plain))
+
+
+def test_every_step_is_within_its_bound_and_measured():
+    rule, policy = TRPO(max_kl=0.02), Policy()
+    for seed in range(1, 6):
+        batch, old = batch_for(policy, seed=seed), copy.deepcopy(policy)
+        report = rule.step(policy, batch)
+        kl = measured_kl(old, policy, batch)
+        assert report.accepted
+        assert 0 < kl.mean().item() <= 0.02
+        assert report.step_kl == pytest.approx(kl.mean().item(), rel=1e-9)
+        assert report.step_kl_max == pytest.approx(kl.max().item(), rel=1e-9)
+
+
+def test_a_reference_and_its_coefficient_enter_the_objective():
+    reference = Policy(seed=9)
+    policy, free, unused = Policy(), Policy(), Policy()
+    batch = batch_for(policy, reference)
+    old = copy.deepcopy(policy)
+    report = TRPO(reference_loss=0.7).step(policy, batch)
+    plain = TRPO().step(free, batch)
+    TRPO(reference_loss=0.0).step(unused, batch)
+    assert report.accepted
+    assert torch.equal(vector_of(unused), vector_of(free))
+    distance = {name: measured_kl(p, reference, batch).mean().item() for name, p in (("old", old), ("new", policy))}
+    assert distance["new"] < measured_kl(free, reference, batch).mean().item()
+    with torch.no_grad():
+        log_prob = policy.distribution(batch.observations).log_prob(batch.actions)
+    gain = (((log_prob - batch.old_log_prob).exp() - 1) * batch.advantages)[batch.mask].mean().item()
+    assert report.surrogate_gain == pytest.approx(gain + 0.7 * (distance["old"] - distance["new"]), rel=1e-9)
+    assert report.surrogate_gain != pytest.approx(plain.surrogate_gain, rel=1e-3)
+
+
+def test_a_strong_reference_loss_is_the_way_back_to_the_reference():
+    reference, policy = Policy(seed=9), Policy()
+    batch = batch_for(policy, reference)
+    before = measured_kl(policy, reference, batch).mean().item()
+    rule = TRPO(reference_loss=1000.0, max_kl=0.02)
+    for _ in range(10):
+        assert rule.step(policy, batch).accepted
+    assert measured_kl(policy, reference, batch).mean().item() < 0.5 * before
+
+
+def test_a_coefficient_changes_nothing_in_a_batch_without_a_reference():
+    policy, plain = Policy(), Policy()
+    batch = batch_for(policy)
+    TRPO().step(plain, batch)
+    TRPO(reference_loss=0.5).step(policy, batch)
+    assert torch.equal(vector_of(policy), vector_of(plain))
+
+
+def test_carries_nothing_from_step_to_step():
+    rule, policy, other = TRPO(), Policy(), Policy()
+    rule.step(Policy(seed=5), batch_for(Policy(seed=5), seed=7))
+    batch = batch_for(policy)
+    rule.step(policy, batch)
+    fresh = TRPO()
+    fresh.load_state_dict(rule.state_dict())
+    fresh.step(other, batch)
+    assert torch.equal(vector_of(policy), vector_of(other))
