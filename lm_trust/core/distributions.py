@@ -7,6 +7,7 @@ Shapes: B rows, T steps (any leading shape will do), V categories, A action dime
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -136,7 +137,8 @@ class DiagonalGaussian:
         """KL(self || other), closed form, summed over A, (B, T) in nats per step."""
         log_ratio = other.log_std - self.log_std
         distance = ((self.mean - other.mean) * torch.exp(-other.log_std)).square()
-        return (log_ratio + 0.5 * (torch.exp(-2 * log_ratio) + distance - 1)).sum(-1)
+        # expm1 keeps the digits of a small step, where the terms of the textbook form cancel.
+        return 0.5 * (torch.expm1(-2 * log_ratio) + 2 * log_ratio + distance).sum(-1)
 
     def fisher_product(self, *tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(dm / sigma^2, 2 ds) for tangents dm of the mean and ds of the log-std, each (B, T, A)."""
@@ -149,6 +151,23 @@ class DiagonalGaussian:
 
     def __getitem__(self, rows: Any) -> DiagonalGaussian:
         return DiagonalGaussian(self.mean[rows], self.log_std[rows])
+
+
+def per_step(function: Callable[..., Any], distributions: Sequence[Distribution], *tensors: Tensor) -> Any:
+    """A function of several distributions and tensors at every step, in one go.
+
+    Asking each distribution for each quantity would be the same, but a distribution that is too large to be held (a
+    language model's vocabulary) then computes its probabilities anew for every question. Such a one has a `per_step`
+    of its own, which applies the function to chunks of steps.
+
+    Args:
+        function: of the distributions and of the tensors, in this order, to one (B, T) tensor or to a tuple of them,
+            each step's from that step alone. Only the first may be differentiated.
+        distributions: at the same (B, T) steps.
+        tensors: (B, T, ...).
+    """
+    chunked = getattr(distributions[0], "per_step", None)
+    return function(*distributions, *tensors) if chunked is None else chunked(function, distributions[1:], *tensors)
 
 
 def kl_estimators(old_log_prob: Tensor, new_log_prob: Tensor) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ a candidate is accepted only where the exact KL, over all valid steps, is within
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lm_trust.core.batch import row_chunks, spread_rows
 from lm_trust.core.conjugate_gradient import conjugate_gradient
-from lm_trust.core.distributions import Distribution
+from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.fisher import FisherOperator
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
 from lm_trust.core.surrogate import ratio
@@ -99,59 +100,106 @@ class SurrogateObjective:
         self._reference_loss = reference_loss
         self._count = self.mask.sum().clamp_min(1)
         self._chunks = list(row_chunks(len(actions), microbatch_size))
-        self._old: list[tuple[Distribution, Tensor]] = []
+        self._old: list[Distribution] = []
         self._start = 0.0
 
     @torch.no_grad()
-    def start_from(self, old: Distribution, old_log_prob: Tensor) -> None:
+    def start_from(self, old: Distribution) -> None:
         """Take `old` (B rows, detached) as theta_old's distribution, for a rule that needs no gradient from here."""
-        self._old = [(old[rows], old_log_prob[rows]) for rows in self._chunks]
+        self._old = [old[rows] for rows in self._chunks]
         self._start = sum(
-            self._objective(rows, *piece, piece[1]).item() for rows, piece in zip(self._chunks, self._old, strict=True)
-        )
+            self._mean(self._per_step(_at_start, rows, piece))
+            for rows, piece in zip(self._chunks, self._old, strict=True)
+        ).item()
 
     def gradient(self, parameters: list[nn.Parameter]) -> Tensor:
         """(P,) gradient of the objective at the present parameters, which become theta_old."""
-        self._old, start, total = [], 0.0, None
+        self._old, self._start, total = [], 0.0, None
         for rows in self._chunks:
             with torch.enable_grad():
                 distribution = self.policy.distribution(self._select(rows))
-                log_prob = distribution.log_prob(self._actions[rows])
-                old_log_prob = log_prob.detach()
-                objective = self._objective(rows, distribution, log_prob, old_log_prob)
+                objective = self._mean(self._per_step(_at_start, rows, distribution))
                 gradient = flatten(torch.autograd.grad(objective, parameters, materialize_grads=True))
-            self._old.append((distribution.detach(), old_log_prob))
-            start += objective.item()
+            self._old.append(distribution.detach())
+            self._start += objective.item()
             total = gradient if total is None else total + gradient
-        self._start = start
         return total
 
     @torch.no_grad()
     def measure(self) -> tuple[float, float, float]:
         """Gain of the objective over theta_old, mean and maximum exact step KL in nats, at the present parameters."""
-        value, kl_sum, kl_max = 0.0, 0.0, 0.0
-        for rows, (old, old_log_prob) in zip(self._chunks, self._old, strict=True):
+        value, mean_kl, max_kl = 0.0, 0.0, 0.0
+        for rows, old in zip(self._chunks, self._old, strict=True):
             distribution = self.policy.distribution(self._select(rows))
-            log_prob = distribution.log_prob(self._actions[rows])
-            value += self._objective(rows, distribution, log_prob, old_log_prob).item()
-            kl = torch.where(self.mask[rows], old.kl(distribution), 0.0)
-            kl_sum += kl.sum(dtype=torch.float64).item()
+            objective, kl = self._per_step(_at_candidate, rows, distribution, old)
+            value += self._mean(objective).item()
+            mean_kl += self._mean(kl).item()
             largest = kl.max().item() if kl.numel() else 0.0
-            kl_max = largest if math.isnan(largest) else max(kl_max, largest)
-        return value - self._start, kl_sum / self._count.item(), kl_max
+            max_kl = largest if math.isnan(largest) else max(max_kl, largest)
+        return value - self._start, mean_kl, max_kl
 
-    def _objective(self, rows: slice, distribution: Distribution, log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
-        mask = self.mask[rows]
-        # A masked step may hold anything; a log-ratio of zero keeps it out of the value and of the gradient.
-        log_prob, old_log_prob = torch.where(mask, log_prob, 0.0), torch.where(mask, old_log_prob, 0.0)
-        objective = ratio(old_log_prob, log_prob) * self._advantages[rows]
+    def _per_step(self, function: Callable[..., Any], rows: slice, *distributions: Distribution) -> Any:
         if self._reference is not None:
-            kl = distribution.kl(self._reference[rows])
-            objective = objective - self._reference_loss * torch.where(mask, kl, 0.0)
-        return torch.where(mask, objective, 0.0).sum(dtype=torch.float64) / self._count
+            distributions = (*distributions, self._reference[rows])
+            function = partial(function, reference_loss=self._reference_loss)
+        return per_step(
+            lambda *given: function(given[: len(distributions)], *given[len(distributions) :]),
+            distributions,
+            self._actions[rows],
+            self._advantages[rows],
+            self.mask[rows],
+        )
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Sum over the valid steps of some rows over the count of all rows', in double precision."""
+        return x.sum(dtype=torch.float64) / self._count
 
     def _select(self, rows: slice) -> Any:
         return self._observations if len(self._chunks) == 1 else self._observations[rows]
+
+
+def _at_start(
+    distributions: Sequence[Distribution],
+    actions: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reference_loss: float = 0.0,
+) -> Tensor:
+    """The objective of each step where the policy is theta_old: the ratio is 1, its gradient that of log_prob."""
+    new, *reference = distributions
+    log_prob = new.log_prob(actions)
+    return _objective(new, log_prob.detach(), log_prob, advantages, mask, reference, reference_loss)
+
+
+def _at_candidate(
+    distributions: Sequence[Distribution],
+    actions: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reference_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The objective and the step KL of each step."""
+    new, old, *reference = distributions
+    objective = _objective(
+        new, old.log_prob(actions), new.log_prob(actions), advantages, mask, reference, reference_loss
+    )
+    return objective, torch.where(mask, old.kl(new), 0.0)
+
+
+def _objective(
+    new: Distribution,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reference: Sequence[Distribution],
+    reference_loss: float,
+) -> Tensor:
+    # A masked step may hold anything; a log-ratio of zero keeps it out of the value and of the gradient.
+    objective = ratio(torch.where(mask, old_log_prob, 0.0), torch.where(mask, log_prob, 0.0)) * advantages
+    for other in reference:
+        objective = objective - reference_loss * new.kl(other)
+    return torch.where(mask, objective, 0.0)
 
 
 def trust_region_step(
@@ -167,6 +215,7 @@ def trust_region_step(
     cg_tolerance: float = 1e-10,
     backtrack_ratio: float = 0.8,
     max_backtracks: int = 10,
+    first_backtracks: int = 0,
     accept_ratio: float = 0.0,
     fisher_fraction: float = 1.0,
     fisher_method: str = "auto",
@@ -191,6 +240,7 @@ def trust_region_step(
         damping: added to the Fisher's diagonal while solving.
         cg_iterations, cg_tolerance, preconditioner: see `conjugate_gradient`.
         backtrack_ratio, max_backtracks: the line search tries fractions backtrack_ratio ** k, k = 0..max_backtracks.
+        first_backtracks: the first k; a caller that remembers what the last step needed saves passes over the batch.
         accept_ratio: least measured gain over predicted gain.
         fisher_fraction: share of the rows, evenly spread, that the Fisher is taken over. Gradient and line search
             always see every row.
@@ -267,6 +317,7 @@ def trust_region_step(
         max_kl=max_kl,
         backtrack_ratio=backtrack_ratio,
         max_backtracks=max_backtracks,
+        first_backtracks=first_backtracks,
         accept_ratio=accept_ratio,
     )
 
@@ -282,6 +333,7 @@ def line_search(
     max_kl: float,
     backtrack_ratio: float,
     max_backtracks: int,
+    first_backtracks: int,
     accept_ratio: float,
 ) -> StepReport:
     """Shorten `full_step` until the exact step KL is within the bound and the surrogate improves; else restore.
@@ -292,31 +344,35 @@ def line_search(
         full_step: (P,).
         report: is filled in and returned.
         full_gain: the linear model's gain for the full step.
-        max_kl, backtrack_ratio, max_backtracks, accept_ratio: as for `trust_region_step`.
+        max_kl, backtrack_ratio, max_backtracks, first_backtracks, accept_ratio: as for `trust_region_step`.
     """
     start = [parameter.detach().clone() for parameter in parameters]
     theta = flatten(start)
-    backtracks = 0
-    while backtracks <= max_backtracks:
-        fraction = backtrack_ratio**backtracks
-        assign(parameters, theta + fraction * full_step)
-        gain, kl, kl_max = objective.measure()
-        report.backtracks = backtracks
-        further = 1
-        if not (math.isfinite(gain) and math.isfinite(kl) and math.isfinite(kl_max)):
-            report.reason = "non_finite"
-        elif kl > max_kl:
-            report.reason = "kl_exceeded"
-            # KL grows with the square of the step: fractions that this rules out are not worth a pass over the batch.
-            further = max(1, math.floor(math.log(max_kl / kl) / (2 * math.log(backtrack_ratio))))
-        elif gain <= 0 or gain < accept_ratio * fraction * full_gain:
-            report.reason = "no_improvement"
-        else:
-            report.accepted, report.reason = True, "accepted"
-            report.step_kl, report.step_kl_max, report.surrogate_gain = kl, kl_max, gain
-            report.predicted_gain, report.step_fraction = fraction * full_gain, fraction
-            return report
-        backtracks += further
-    for parameter, value in zip(parameters, start, strict=True):
-        parameter.copy_(value)
-    return report
+    backtracks = min(first_backtracks, max_backtracks)
+    try:
+        while backtracks <= max_backtracks:
+            fraction = backtrack_ratio**backtracks
+            assign(parameters, theta + fraction * full_step)
+            gain, kl, kl_max = objective.measure()
+            report.backtracks = backtracks
+            further = 1
+            if not (math.isfinite(gain) and math.isfinite(kl) and math.isfinite(kl_max)):
+                report.reason = "non_finite"
+            elif kl > max_kl:
+                report.reason = "kl_exceeded"
+                # KL grows with the square of the step: fractions that this rules out are not worth a pass each.
+                further = max(1, math.floor(math.log(max_kl / kl) / (2 * math.log(backtrack_ratio))))
+            elif gain <= 0 or gain < accept_ratio * fraction * full_gain:
+                report.reason = "no_improvement"
+            else:
+                report.accepted, report.reason = True, "accepted"
+                report.step_kl, report.step_kl_max, report.surrogate_gain = kl, kl_max, gain
+                report.predicted_gain, report.step_fraction = fraction * full_gain, fraction
+                return report
+            backtracks += further
+        return report
+    finally:
+        # Also where a candidate raised, so that no error leaves the policy at a step that nobody accepted.
+        if not report.accepted:
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)

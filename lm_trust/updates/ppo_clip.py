@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch, row_chunks
-from lm_trust.core.distributions import kl_estimators
+from lm_trust.core.distributions import Distribution, kl_estimators, per_step
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.surrogate import clipped_surrogate, ratio
@@ -78,7 +78,7 @@ class PPOClip:
                 reference_loss=self.reference_loss,
                 microbatch_size=self.microbatch_size,
             )
-            objective.start_from(batch.old, batch.old_log_prob)
+            objective.start_from(batch.old)
             report.surrogate_gain, report.step_kl, report.step_kl_max = objective.measure()
             finite = math.isfinite(report.surrogate_gain + report.step_kl + report.step_kl_max)
         if not finite:
@@ -115,10 +115,10 @@ class PPOClip:
                 norm = nn.utils.clip_grad_norm_(parameters, limit).item()
                 if not math.isfinite(norm):
                     return False
-                norms.append(norm)
                 clipped.append(share)
                 if self.target_kl is not None and estimate > 1.5 * self.target_kl:
                     return True
+                norms.append(norm)
                 optimizer.step()
         return True
 
@@ -128,23 +128,32 @@ class PPOClip:
         share, estimate = 0.0, 0.0
         for rows in row_chunks(len(minibatch), self.microbatch_size):
             part = minibatch if self.microbatch_size is None else minibatch[rows]
-            distribution = policy.distribution(part.observations)
-            log_prob = torch.where(part.mask, distribution.log_prob(part.actions), 0.0)
+            reference = [part.reference] if self.reference_loss and part.reference is not None else []
             old_log_prob = torch.where(part.mask, part.old_log_prob, 0.0)
-            objective = clipped_surrogate(
-                old_log_prob, log_prob, part.advantages, clip=self.clip, clip_high=self.clip_high
+            objective, log_prob = per_step(
+                self._objective,
+                [policy.distribution(part.observations), *reference],
+                *[part.actions, part.advantages, old_log_prob, part.mask],
             )
-            if self.entropy:
-                objective = objective + self.entropy * distribution.entropy()
-            if self.reference_loss and part.reference is not None:
-                objective = objective - self.reference_loss * distribution.kl(part.reference)
-            weight = part.mask.sum() / count
+            weight = part.mask.sum().to(objective.dtype) / count
             (-masked_mean(objective, part.mask) * weight).backward()
             with torch.no_grad():
                 share += (masked_mean(self._is_clipped(old_log_prob, log_prob), part.mask) * weight).item()
                 k3 = kl_estimators(old_log_prob, log_prob)["k3"]
                 estimate += (masked_mean(k3, part.mask) * weight).item()
         return share, estimate
+
+    def _objective(self, new: Distribution, *given: Any) -> tuple[Tensor, Tensor]:
+        """The objective and the log-probability of each step."""
+        *reference, actions, advantages, old_log_prob, mask = given
+        # A masked step may hold anything; a log-ratio of zero keeps it out of the gradient.
+        log_prob = torch.where(mask, new.log_prob(actions), 0.0)
+        objective = clipped_surrogate(old_log_prob, log_prob, advantages, clip=self.clip, clip_high=self.clip_high)
+        if self.entropy:
+            objective = objective + self.entropy * new.entropy()
+        for other in reference:
+            objective = objective - self.reference_loss * new.kl(other)
+        return objective, log_prob.detach()
 
     def _is_clipped(self, old_log_prob: Tensor, log_prob: Tensor) -> Tensor:
         probability_ratio = ratio(old_log_prob, log_prob)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -25,10 +25,11 @@ class TRPO:
     fisher_method: str = "auto"
     microbatch_size: int | None = None
     reference_loss: float = 0.0
+    _first_backtracks: int = field(default=0, init=False, repr=False)
 
     def step(self, policy: nn.Module, batch: Batch) -> StepReport:
         """Move the policy in place; the surrogate's old distribution is the policy as it comes."""
-        return trust_region_step(
+        report = trust_region_step(
             policy,
             batch.observations,
             batch.actions,
@@ -39,6 +40,7 @@ class TRPO:
             cg_iterations=self.cg_iterations,
             backtrack_ratio=self.backtrack_ratio,
             max_backtracks=self.max_backtracks,
+            first_backtracks=self._first_backtracks,
             accept_ratio=self.accept_ratio,
             fisher_fraction=self.fisher_fraction,
             fisher_method=self.fisher_method,
@@ -46,10 +48,23 @@ class TRPO:
             reference=batch.reference,
             reference_loss=self.reference_loss,
         )
+        self._first_backtracks = self._next_first_backtracks(report)
+        return report
+
+    def _next_first_backtracks(self, report: StepReport) -> int:
+        """Where the next line search starts: where this one ended, or one longer where the bound left room for it.
+
+        Steps in a row overshoot alike, and each candidate that fails costs a pass over the whole batch.
+        """
+        if not report.accepted:
+            return 0
+        room = report.step_kl <= self.max_kl * self.backtrack_ratio**2
+        return max(report.backtracks - room, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is carried from one step to the next."""
-        return {}
+        """Where the next line search starts."""
+        return {"first_backtracks": self._first_backtracks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Continue where `state_dict` was taken."""
+        self._first_backtracks = state["first_backtracks"]
