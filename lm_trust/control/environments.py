@@ -1,0 +1,113 @@
+"""Environments by gymnasium id or by dotted path, made and refused by name before a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium
+
+from lm_trust.control.vector import Environments
+from lm_trust.errors import UserError
+
+
+def make_environments(
+    id: str,
+    count: int,
+    *,
+    seed: int,
+    arguments: dict[str, Any] | None = None,
+) -> Environments:
+    """`count` copies of an environment.
+
+    Args:
+        id: a gymnasium id, or "module:factory", a callable that returns a new `gymnasium.Env` (a class will
+            do). Modules are looked for in the working directory too.
+        count: how many copies.
+        seed: of which every episode's seed is a function; evaluation takes another than training.
+        arguments: keyword arguments of the environment or factory.
+
+    Raises:
+        UserError: no such environment (it names the nearest), a missing package, or unsupported spaces.
+    """
+    make = _maker(id)
+    arguments = arguments or {}
+    envs = []
+    try:
+        for _ in range(count):
+            env = make(**arguments)
+            if not isinstance(env, gymnasium.Env):
+                raise UserError(f"environment.id: {id} returned {type(env).__name__}, not a gymnasium.Env")
+            envs.append(env)
+        return Environments(id, envs, seed=seed)
+    except BaseException:
+        for env in envs:
+            env.close()
+        raise
+
+
+def _maker(id: str) -> Callable[..., gymnasium.Env]:
+    """The function that makes one copy."""
+    module_name, colon, attribute = id.partition(":")
+    if colon:
+        module = _import(id, module_name)
+        if callable(getattr(module, attribute, None)):
+            return getattr(module, attribute)
+        # Gymnasium has a "module:id" of its own: importing the module registers the id.
+        if attribute not in gymnasium.registry:
+            near = _nearest(attribute, [name for name, value in vars(module).items() if callable(value)])
+            raise UserError(f"environment.id: {module_name} has no factory {attribute!r}{near}")
+        id = attribute
+    if id not in gymnasium.registry:
+        hint = _nearest(id, list(gymnasium.registry)) or " (your own is written 'module:factory')"
+        raise UserError(f"environment.id: no environment {id!r}{hint}")
+    return lambda **arguments: _make_registered(id, arguments)
+
+
+def _make_registered(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
+    try:
+        # The passive checker is for those who write environments, at a cost in every step.
+        return gymnasium.make(id, disable_env_checker=True, **arguments)
+    except (gymnasium.error.Error, ImportError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "mujoco" in text.lower():
+            raise UserError(f"environment {id} needs MuJoCo: pip install 'lm-trust[mujoco]'") from error
+        raise UserError(f"environment {id}: {text}") from error
+    except TypeError as error:
+        if not arguments:
+            raise
+        raise UserError(f"environment.arguments: {id} does not take {arguments}: {error}") from error
+
+
+def _import(id: str, module_name: str) -> Any:
+    try:
+        with _working_directory_importable():
+            return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"environment.id: importing {module_name!r} of {id!r} raised {text}; modules are looked for in "
+            "the working directory and among the installed packages"
+        ) from error
+
+
+@contextlib.contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

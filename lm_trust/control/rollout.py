@@ -1,0 +1,193 @@
+"""The control world as the Trainer sees it: collect a rollout, learn statistics, evaluate, stop and go on.
+
+Networks of this size run on the CPU: a step of a handful of environments costs less than a transfer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lm_trust.control.evaluation import evaluate_policy
+from lm_trust.control.normaliser import RewardNormaliser
+from lm_trust.control.vector import Environments
+from lm_trust.core.batch import Rollout
+from lm_trust.core.seeding import make_generator
+from lm_trust.errors import UserError
+
+WINDOW = 100  # finished episodes that the reported return is a mean of
+
+
+class ControlTask:
+    """B environments, T steps of each an iteration; episodes run on from one iteration into the next.
+
+    Args:
+        environments: the training environments.
+        steps: T.
+        gamma: discount, for the scale of the rewards.
+        seed: the run's seed, for the sampling of actions.
+        normalise_observations: learn the statistics of the policy's own `normaliser` from each rollout.
+        normalise_rewards: scale the rewards that the learner sees; what is reported stays unscaled.
+        evaluation_environments: makes `count` environments for `evaluate`, called once a count.
+
+    Attributes:
+        steps: environment steps taken so far, over all environments.
+    """
+
+    def __init__(
+        self,
+        environments: Environments,
+        *,
+        steps: int,
+        gamma: float,
+        seed: int,
+        normalise_observations: bool = False,
+        normalise_rewards: bool = False,
+        evaluation_environments: Callable[[int], Environments] | None = None,
+    ) -> None:
+        self.environments = environments
+        self.rollout_steps = steps
+        self.steps = 0
+        self.normalise_observations = normalise_observations
+        self._reward_normaliser = RewardNormaliser(environments.count, gamma) if normalise_rewards else None
+        self._generator = make_generator(seed, "control.sampling")
+        self._make_evaluation = evaluation_environments
+        self._evaluation: Environments | None = None
+        self._returns = np.zeros(environments.count)
+        self._lengths = np.zeros(environments.count, np.int64)
+        self._finished: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._episodes = 0
+
+    @torch.inference_mode()
+    def _play(self, policy: nn.Module) -> dict[str, np.ndarray]:
+        """T steps of every environment, as time-major arrays (T, B, ...)."""
+        environments, count, steps = self.environments, self.environments.count, self.rollout_steps
+        observations = np.empty((steps + 1, count, environments.observation_size), np.float32)
+        observations[0] = environments.observations
+        actions: np.ndarray | None = None
+        rewards = np.empty((steps, count))
+        terminated, truncated = np.empty((steps, count), bool), np.empty((steps, count), bool)
+        finals: list[tuple[int, int, np.ndarray]] = []
+        for step in range(steps):
+            chosen = policy.distribution(torch.from_numpy(observations[step])).sample(self._generator).numpy()
+            if actions is None:
+                actions = np.empty((steps, *chosen.shape), chosen.dtype)
+            actions[step] = chosen
+            rewards[step], terminated[step], truncated[step], final = environments.step(chosen)
+            observations[step + 1] = environments.observations
+            self._returns += rewards[step]
+            self._lengths += 1
+            for row, observation in final.items():
+                finals.append((step, row, observation))
+                self._finished.append((float(self._returns[row]), int(self._lengths[row])))
+                self._returns[row], self._lengths[row] = 0.0, 0
+        self.steps += steps * count
+        self._episodes += len(finals)
+        successors = observations[1:].copy()
+        for step, row, observation in finals:
+            successors[step, row] = observation
+        return {
+            "observations": observations[:-1],
+            "successors": successors,
+            "actions": actions,
+            "rewards": rewards,
+            "terminated": terminated,
+            "truncated": truncated,
+        }
+
+    def collect(self, policy: nn.Module) -> Rollout:
+        """T steps of the policy in every environment.
+
+        Actions are stored as sampled. `next_critic_inputs` is what each action led to: the final observation
+        where an episode ended, never the first one of the next episode.
+
+        Raises:
+            UserError: an environment gave a number that is not finite; or observations are to be normalised
+                and the policy has no normaliser.
+        """
+        if self.normalise_observations and getattr(policy, "normaliser", None) is None:
+            raise UserError("normalise.observations: this policy has no `normaliser`; set it to false")
+        played = {name: _by_environment(array) for name, array in self._play(policy).items()}
+        rewards, ended = played["rewards"], played["terminated"] | played["truncated"]
+        if self._reward_normaliser is not None:
+            rewards = self._reward_normaliser(rewards, ended)
+        return Rollout(
+            observations=played["observations"],
+            actions=played["actions"],
+            rewards=rewards.float(),
+            terminated=played["terminated"],
+            truncated=played["truncated"],
+            mask=torch.ones_like(ended),
+            critic_inputs=played["observations"],
+            next_critic_inputs=played["successors"],
+            metrics=self._metrics(),
+        )
+
+    def after_update(self, policy: nn.Module, rollout: Rollout) -> None:
+        """Let the policy's normaliser learn from the rollout, now that no update will look at it again."""
+        if self.normalise_observations:
+            policy.normaliser.update(rollout.observations)
+
+    def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]:
+        """`count` episodes with the most likely actions, on separate environments; see `evaluate_policy`."""
+        if self._make_evaluation is None:
+            raise ValueError("this task was made without evaluation_environments")
+        if self._evaluation is None or self._evaluation.count != count:
+            if self._evaluation is not None:
+                self._evaluation.close()
+            self._evaluation = self._make_evaluation(count)
+        return evaluate_policy(policy, self._evaluation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `collect` depends on besides the policy."""
+        return {
+            "steps": self.steps,
+            "episodes": self._episodes,
+            "returns": torch.from_numpy(self._returns.copy()),
+            "lengths": torch.from_numpy(self._lengths.copy()),
+            "finished": [list(episode) for episode in self._finished],
+            "generator": self._generator.get_state(),
+            "environments": self.environments.state_dict(),
+            "reward_normaliser": (
+                None if self._reward_normaliser is None else _copied(self._reward_normaliser.state_dict())
+            ),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state: exactly, where `Environments.load_state_dict` says it can."""
+        self.environments.load_state_dict(state["environments"])
+        self.steps, self._episodes = state["steps"], state["episodes"]
+        self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
+        self._finished = deque(((total, length) for total, length in state["finished"]), maxlen=WINDOW)
+        self._generator.set_state(state["generator"])
+        if self._reward_normaliser is not None:
+            self._reward_normaliser.load_state_dict(state["reward_normaliser"])
+
+    def close(self) -> None:
+        """Close all environments."""
+        self.environments.close()
+        if self._evaluation is not None:
+            self._evaluation.close()
+
+    def _metrics(self) -> dict[str, Any]:
+        """Of the last finished episodes, unscaled; None before the first one finished."""
+        returns, lengths = zip(*self._finished, strict=True) if self._finished else ((), ())
+        return {
+            "reward_mean": float(np.mean(returns)) if returns else None,
+            "episode_length": float(np.mean(lengths)) if lengths else None,
+            "episodes": self._episodes,
+        }
+
+
+def _by_environment(array: np.ndarray) -> Tensor:
+    """(T, B, ...) to a (B, T, ...) tensor."""
+    return torch.from_numpy(np.ascontiguousarray(array.swapaxes(0, 1)))
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}

@@ -1,0 +1,82 @@
+"""The gymnasium spaces that the control world takes; observations become vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from lm_trust.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class ActionSpace:
+    """What a policy acts with.
+
+    Attributes:
+        kind: "discrete" (a policy's action is an index) or "continuous" (a real vector).
+        size: V actions to choose from, or A dimensions.
+        low, high: (A,) bounds of a continuous action, in the environment's own dtype; may be infinite.
+        start: the environment's number for index 0 of a discrete action.
+    """
+
+    kind: str
+    size: int
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    start: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one action."""
+        return () if self.kind == "discrete" else (self.size,)
+
+    def to_environment(self, actions: np.ndarray) -> np.ndarray:
+        """What the environments are given for a policy's raw actions, (B,) int64 or (B, A): a new array.
+
+        The bounds are applied here and nowhere else, so what is stored and scored is what was sampled.
+        """
+        if self.kind == "discrete":
+            return actions + self.start
+        return np.minimum(np.maximum(actions, self.low), self.high).astype(self.low.dtype, copy=False)
+
+
+def action_space(space: spaces.Space, name: str) -> ActionSpace:
+    """The supported action spaces: `Discrete`, and a one-dimensional `Box` of floats.
+
+    Raises:
+        UserError: any other space; the message names the environment and the space.
+    """
+    if isinstance(space, spaces.Discrete):
+        return ActionSpace("discrete", int(space.n), start=int(space.start))
+    if isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
+        return ActionSpace("continuous", space.shape[0], low=space.low, high=space.high)
+    raise UserError(
+        f"environment {name}: the action space {space} is not supported; "
+        "supported are Discrete and a one-dimensional Box of floats"
+    )
+
+
+def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[Any], np.ndarray] | None]:
+    """How an observation becomes a vector: a `Box` is flattened, a `Discrete` one becomes one-hot.
+
+    Returns:
+        The length of the vector, and the function that makes it; None where an observation already is one.
+
+    Raises:
+        UserError: any other space; the message names the environment and the space.
+    """
+    if isinstance(space, spaces.Box):
+        if len(space.shape) == 1:
+            return space.shape[0], None
+        return int(np.prod(space.shape)), np.ravel
+    if isinstance(space, spaces.Discrete):
+        rows, start = np.eye(int(space.n), dtype=np.float32), int(space.start)
+        return int(space.n), lambda observation: rows[observation - start]
+    raise UserError(
+        f"environment {name}: the observation space {space} is not supported; supported are Box and Discrete "
+        "(wrap it in gymnasium.wrappers.FlattenObservation)"
+    )

@@ -1,0 +1,227 @@
+"""Making environments, and refusing by name what cannot be used."""
+
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+
+from lm_trust.control import ControlTask, Environments, MLPPolicy, make_environments
+from lm_trust.errors import UserError
+
+
+class Shaped(gymnasium.Env):
+    """Any spaces; observations come from `shown`."""
+
+    def __init__(self, observation_space, action_space=None, shown=None):
+        self.observation_space = observation_space
+        self.action_space = action_space or spaces.Discrete(2)
+        self.shown = observation_space.sample() if shown is None else shown
+        self.given = []
+
+    def reset(self, *, seed=None, options=None):
+        return self.shown, {}
+
+    def step(self, action):
+        self.given.append(action)
+        return self.shown, 0.0, False, False, {}
+
+
+def wrap(*envs):
+    return Environments("Shaped", envs, seed=0)
+
+
+def refused(call, *words):
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.MultiDiscrete([2, 3]),
+        spaces.Box(-1, 1, (2, 2)),
+        spaces.Box(0, 9, (2,), np.int64),
+        spaces.Dict({"a": spaces.Discrete(2)}),
+    ],
+    ids=lambda space: type(space).__name__ + str(space.shape),
+)
+def test_an_unsupported_action_space_is_refused_by_name(space):
+    env = Shaped(spaces.Box(-1, 1, (2,)), space)
+    refused(lambda: wrap(env), "environment Shaped", "action space", type(space).__name__)
+
+
+def test_an_unsupported_observation_space_is_refused_by_name():
+    env = Shaped(spaces.Dict({"a": spaces.Discrete(2)}))
+    refused(lambda: wrap(env), "environment Shaped", "observation space Dict", "FlattenObservation")
+
+
+def test_a_discrete_observation_becomes_one_hot():
+    environments = wrap(Shaped(spaces.Discrete(4, start=3), shown=np.int64(5)))
+    assert environments.observations.tolist() == [[0, 0, 1, 0]]
+    environments.envs[0].shown = 3
+    environments.step(np.zeros(1, np.int64))
+    assert environments.observations.tolist() == [[1, 0, 0, 0]]
+
+
+def test_an_observation_of_several_dimensions_is_flattened():
+    environments = wrap(Shaped(spaces.Box(-1, 9, (2, 3), np.float64), shown=np.arange(6.0).reshape(2, 3)))
+    assert environments.observations.tolist() == [[0, 1, 2, 3, 4, 5]]
+    environments.envs[0].shown = np.ones((2, 3))
+    environments.step(np.zeros(1, np.int64))
+    assert environments.observations.tolist() == [[1] * 6] and environments.observation_size == 6
+
+
+def test_discrete_actions_count_from_where_the_environment_does():
+    env = Shaped(spaces.Box(-1, 1, (2,)), spaces.Discrete(3, start=-1))
+    environments = wrap(env)
+    for index in range(3):
+        environments.step(np.array([index]))
+    assert env.given == [-1, 0, 1] and all(env.action_space.contains(action) for action in env.given)
+
+
+def test_an_action_box_without_bounds_clips_nothing():
+    env = Shaped(spaces.Box(-1, 1, (1,)), spaces.Box(-np.inf, np.inf, (2,)))
+    wrap(env).step(np.array([[1e6, -1e6]], np.float32))
+    assert env.given[0].tolist() == [1e6, -1e6]
+
+
+def test_observations_are_not_overwritten_by_the_environment():
+    env = Shaped(spaces.Box(-9, 9, (2,)), shown=np.zeros(2, np.float32))
+    environments = wrap(env)
+    first = environments.observations
+    env.shown[:] = 7  # an environment that shows its own working memory
+    environments.step(np.zeros(1, np.int64))
+    second = environments.observations
+    env.shown[:] = 8
+    assert first.tolist() == [[0, 0]] and second.tolist() == [[7, 7]]
+
+
+def test_the_final_observation_survives_the_reset(clocks):
+    environments = clocks(2, lives=1)
+    transition = environments.step(np.zeros(2, np.int64))
+    assert {row: final.tolist() for row, final in transition.final.items()} == {0: [0, 1], 1: [1, 1]}
+    assert environments.observations.tolist() == [[0, 0], [1, 0]]
+    environments.step(np.zeros(2, np.int64))
+    assert transition.final[1].tolist() == [1, 1]
+
+
+def test_an_observation_that_is_not_of_its_space_is_refused():
+    env = Shaped(spaces.Box(-1, 1, (3,)), shown=np.float32(0.5))  # numpy would spread it over all three
+    refused(lambda: wrap(env), "environment Shaped", "shape ()")
+
+
+@pytest.mark.parametrize("what, argument", [("observation", "nan_at"), ("reward", "nan_reward_at")])
+def test_nan_stops_the_run_and_says_where(clocks, what, argument):
+    environments = clocks(3, limit=4)
+    setattr(environments.envs[1].unwrapped, argument, 3)
+    actions = np.zeros(3, np.int64)
+    environments.step(actions), environments.step(actions)
+    message = refused(lambda: environments.step(actions), "environment Clock", "copy 1", "step 3 of episode 0")
+    assert what in message
+
+
+def test_nan_in_a_first_observation_is_found(clocks):
+    refused(lambda: clocks(2, nan_at=0), "environment Clock", "copy 0", "first observation of episode 0")
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_finite_observations_are_let_through():
+    env = Shaped(spaces.Box(-np.inf, np.inf, (2,)), shown=np.full(2, 1e30, np.float32))
+    environments = wrap(env)
+    environments.step(np.zeros(1, np.int64))
+    assert np.array_equal(environments.observations[0], env.shown)
+
+
+def test_an_unknown_id_names_the_nearest():
+    refused(lambda: make_environments("CartPol-v1", 1, seed=0), "environment.id", "did you mean 'CartPole-v1'?")
+    refused(lambda: make_environments("utter nonsense", 1, seed=0), "'utter nonsense'", "module:factory")
+
+
+def test_missing_mujoco_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("mujoco", "gymnasium.envs.mujoco"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    refused(lambda: make_environments("HalfCheetah-v5", 1, seed=0), "HalfCheetah-v5", "lm-trust[mujoco]")
+
+
+def test_an_argument_that_an_environment_does_not_take():
+    make = {"arguments": {"gravity_typo": 3}, "seed": 0}
+    refused(lambda: make_environments("CartPole-v1", 1, **make), "environment.arguments", "gravity_typo")
+
+
+FACTORY = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+single = CartPoleEnv()
+
+def make(force=10.0):
+    env = CartPoleEnv()
+    env.force_mag = force
+    return env
+
+def same():
+    return single
+
+def wrong():
+    return 3
+
+gymnasium.register("Registered-v0", entry_point=CartPoleEnv, max_episode_steps=5)
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path, monkeypatch):
+    name = f"my_environments_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)  # importable as for `python -m`, with nothing on the path
+    before = dict(gymnasium.registry)
+    path = list(sys.path)
+    yield name
+    assert sys.path == path
+    sys.modules.pop(name, None)
+    gymnasium.registry.clear()
+    gymnasium.registry.update(before)
+
+
+def test_a_factory_by_dotted_path(my_module):
+    environments = make_environments(f"{my_module}:make", 2, seed=0, arguments={"force": 3.0})
+    assert [env.force_mag for env in environments.envs] == [3.0, 3.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space:UserWarning")
+def test_the_example_environment_is_sound(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    environments = make_environments("examples.custom_environment:make", 2, seed=0)
+    check_env(environments.envs[0].unwrapped, skip_render_check=True)
+    policy = MLPPolicy(environments.observation_size, environments.action_space)
+    rollout = ControlTask(environments, steps=250, gamma=0.99, seed=0).collect(policy)
+    assert rollout.actions.shape == (2, 250, 1)
+    assert (rollout.truncated | rollout.terminated).any()
+
+
+def test_an_id_that_a_module_registers(my_module):
+    environments = make_environments(f"{my_module}:Registered-v0", 2, seed=0)
+    assert environments.envs[0].spec.max_episode_steps == 5
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("{}:mak", ["environment.id", "no factory 'mak'", "did you mean 'make'?"]),
+        ("{}:same", ["one object twice"]),
+        ("{}:wrong", ["returned int, not a gymnasium.Env"]),
+        ("no_such_module_anywhere:make", ["environment.id", "no_such_module_anywhere"]),
+    ],
+)
+def test_a_dotted_path_that_leads_nowhere(my_module, path, words):
+    refused(lambda: make_environments(path.format(my_module), 2, seed=0), *words)
