@@ -1,0 +1,85 @@
+"""What a policy writes on held-out prompts: reward with its interval, exact reference KL, fluency and diversity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lm_trust.lm.generation import Completions
+from lm_trust.lm.policy import CausalPolicy
+
+
+def reward_interval(scores: Tensor, prompts: Tensor) -> list[float] | None:
+    """95 % t interval of the mean reward, [low, high]; None for fewer than two prompts.
+
+    Samples of one prompt are not independent, so the prompts' means are the observations.
+
+    Args:
+        scores: (B,).
+        prompts: (B,) which prompt each belongs to.
+    """
+    _, inverse = prompts.unique(return_inverse=True)
+    sums = torch.zeros(int(inverse.max()) + 1, dtype=scores.dtype).index_add(0, inverse, scores)
+    means = sums / torch.bincount(inverse)
+    if len(means) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(means) - 1)) * means.std().item() / math.sqrt(len(means))
+    centre = scores.mean().item()
+    return [centre - half, centre + half]
+
+
+def distinct_2(completions: Sequence[Sequence[int]]) -> float | None:
+    """Different bigrams over all bigrams of the completions' tokens (Li et al. 2016); None where there is none."""
+    bigrams = [pair for ids in completions for pair in pairwise(ids)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+@torch.no_grad()
+def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) -> dict[str, float]:
+    """Exact KL(policy || reference) in nats per sequence, and the completions' perplexity under the untouched base.
+
+    The KL of a step is over the whole vocabulary; a sequence's is the sum over its steps, in states that the policy
+    visited. Perplexity is exp of the mean negative log-likelihood a token, at the sampling temperature.
+    """
+    mask, tokens = completions.mask, completions.tokens
+    own = policy.distribution(completions.observations)
+    with policy.as_reference():
+        reference = policy.distribution(completions.observations)
+    if policy.reference_is_base:
+        base = reference
+    else:
+        with policy.as_base():
+            base = policy.distribution(completions.observations)
+    kl = torch.where(mask, own.kl(reference), 0.0).sum(-1)
+    surprise = -torch.where(mask, base.log_prob(tokens), 0.0).sum()
+    return {"reference_kl": kl.mean().item(), "perplexity": math.exp(surprise.item() / mask.sum().item())}
+
+
+def evaluation_record(
+    policy: CausalPolicy,
+    completions: Completions,
+    scores: Tensor,
+    rows: Tensor,
+    prompt_texts: Sequence[str],
+    completion_texts: Sequence[str],
+) -> dict[str, Any]:
+    """One side ("before" or "after") of evaluation.json; `samples` are all completions with their rewards."""
+    ids = [row[:length].tolist() for row, length in zip(completions.tokens, completions.lengths.tolist(), strict=True)]
+    return {
+        "reward_mean": scores.mean().item(),
+        "reward_interval": reward_interval(scores, rows),
+        "count": len(scores),
+        **divergence_and_perplexity(policy, completions),
+        "distinct_2": distinct_2(ids),
+        "completion_length": completions.lengths.double().mean().item(),
+        "samples": [
+            {"prompt": prompt, "completion": completion, "reward": score}
+            for prompt, completion, score in zip(prompt_texts, completion_texts, scores.tolist(), strict=True)
+        ],
+    }

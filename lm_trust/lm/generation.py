@@ -1,0 +1,118 @@
+"""Sampling completions from exactly the distribution that is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lm_trust.lm.policy import CausalPolicy, TokenObservations
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Sampled completions of B prompts.
+
+    Attributes:
+        observations: prompts and completions as the policy takes them, T the longest completion.
+        tokens: (B, T); what stands after a completion's end is padding.
+        lengths: (B,) tokens, the end of sequence included.
+        ended: (B,) bool, whether the last token is an end of sequence; otherwise the length limit cut it.
+    """
+
+    observations: TokenObservations
+    tokens: Tensor
+    lengths: Tensor
+    ended: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, True at real tokens, the first end of sequence among them."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths.unsqueeze(-1)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
+    """The completions' texts, up to their ends and without special tokens."""
+    rows = zip(completions.tokens.tolist(), completions.lengths.tolist(), strict=True)
+    return tokenizer.batch_decode([row[:length] for row, length in rows], skip_special_tokens=True)
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerBase, policy: CausalPolicy) -> list[int]:
+    """The tokens that end a completion: the model's own, which may be several, and the tokenizer's."""
+    own = policy.causal_lm.generation_config.eos_token_id
+    listed = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*listed, tokenizer.eos_token_id})
+
+
+def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts as (B, P) ids padded on the left, and their (B, P) bool mask, from lengths."""
+    width = max(len(ids) for ids in prompt_ids)
+    padded = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids])
+    lengths = torch.tensor([len(ids) for ids in prompt_ids])
+    return padded, torch.arange(width) >= width - lengths.unsqueeze(-1)
+
+
+def complete(prompt_mask: Tensor, prompts: Tensor, tokens: Tensor, *, eos_ids: Sequence[int]) -> Completions:
+    """Completions from prompts (B, P) and generated tokens (B, T): each ends at its first end of sequence."""
+    steps = tokens.shape[1]
+    is_end = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device))
+    ended = is_end.any(-1)
+    first = is_end.long().argmax(-1)
+    lengths = torch.where(ended, first + 1, steps)
+    real = torch.arange(steps, device=tokens.device) < lengths.unsqueeze(-1)
+    observations = TokenObservations(
+        torch.cat([prompts, tokens], -1), torch.cat([prompt_mask, real], -1), prompts.shape[1]
+    )
+    return Completions(observations, tokens, lengths, ended)
+
+
+@torch.no_grad()
+def sample_completions(
+    policy: CausalPolicy,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    generator: torch.Generator,
+) -> Completions:
+    """Sample one completion a prompt with the key-value cache.
+
+    Every setting of `generate` that could bend the distribution is switched off by name (an unset top_k is 50 in
+    transformers). The draw is seeded from `generator`; the global generators are left as they were.
+
+    Args:
+        policy: samples at its own temperature.
+        prompt_ids: B prompts as token ids.
+        max_new_tokens: the length limit.
+        eos_ids: tokens that end a completion.
+        pad_id: any token; what it is changes nothing.
+        generator: CPU generator.
+    """
+    prompts, prompt_mask = (tensor.to(policy.device) for tensor in left_pad(prompt_ids, pad_id))
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=policy.temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    seed = int(torch.randint(2**62, (), generator=generator))
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Not `torch.manual_seed`, which would also reseed devices that are not forked here.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        sequences = policy.causal_lm.generate(
+            input_ids=prompts, attention_mask=prompt_mask.long(), generation_config=settings
+        )
+    return complete(prompt_mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=eos_ids)

@@ -1,0 +1,137 @@
+"""The causal language model as a policy: states are token prefixes, actions are next tokens.
+
+One module holds the trainable policy and its frozen reference: a base model with a LoRA adapter. The reference is the
+policy that training starts from: the base with the adapter off, or, when training starts from an adapter, a frozen
+copy of that adapter. Base weights never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lm_trust.core.batch import row_chunks
+from lm_trust.lm.vocabulary_head import VocabularyCategorical
+
+REFERENCE_ADAPTER = "reference"
+
+
+@dataclass(frozen=True)
+class TokenObservations:
+    """The states of B sequences: left-padded prompts of common width, followed by T completion tokens.
+
+    The state at step t is the prompt and the first t completion tokens; its position is prompt_width - 1 + t.
+
+    Attributes:
+        input_ids: (B, prompt_width + T).
+        attention_mask: (B, prompt_width + T) bool, from lengths and never from token ids.
+        prompt_width: columns that the prompts take.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_width: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: Any) -> TokenObservations:
+        return TokenObservations(self.input_ids[rows], self.attention_mask[rows], self.prompt_width)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(B, prompt_width + T) positions that count real tokens only, so that padding changes nothing."""
+        return (self.attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+class CausalPolicy(nn.Module):
+    """A LoRA-adapted causal language model with `distribution(observations)`.
+
+    Args:
+        model: the PEFT model; its adapter named "default" is trained, one named "reference" is the reference if there
+            is one. It is put in evaluation mode for good: dropout would make the scored distribution another one.
+        temperature: of sampling and of every score, policy and reference alike.
+        microbatch_size: rows in one pass where no graph is wanted; None takes all. Changes memory, not the result.
+    """
+
+    def __init__(self, model: PeftModel, temperature: float = 1.0, microbatch_size: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.microbatch_size = microbatch_size
+        self.eval()
+
+    def train(self, mode: bool = True) -> CausalPolicy:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model, its adapted layers inside."""
+        return self.model.get_base_model()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def distribution(self, observations: TokenObservations) -> VocabularyCategorical:
+        """The distribution over the next token at every step, (B, T) categoricals over V."""
+        return self.head(self.step_states(observations))
+
+    def hidden_states(self, observations: TokenObservations) -> Tensor:
+        """(B, prompt_width + T, H) last hidden states, after the final norm."""
+        return self.causal_lm.base_model(
+            input_ids=observations.input_ids,
+            attention_mask=observations.attention_mask.long(),
+            position_ids=observations.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+
+    def step_states(self, observations: TokenObservations, *, final: bool = False) -> Tensor:
+        """Hidden states from which each token was drawn, (B, T, H); with `final` also the last state's, (B, T + 1, H).
+
+        Where no graph is wanted, a microbatch of rows is computed at a time.
+        """
+        size = None if torch.is_grad_enabled() else self.microbatch_size
+        first, last = observations.prompt_width - 1, None if final else -1
+        chunks = list(row_chunks(len(observations), size))
+        parts = [
+            self.hidden_states(observations if len(chunks) == 1 else observations[rows])[:, first:last]
+            for rows in chunks
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def head(self, hidden: Tensor) -> VocabularyCategorical:
+        """The distribution over the vocabulary at hidden states (..., H)."""
+        output = self.causal_lm.get_output_embeddings()
+        return VocabularyCategorical(hidden, output.weight, getattr(output, "bias", None), self.temperature)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within the context the module computes the reference policy."""
+        if REFERENCE_ADAPTER not in self.model.peft_config:
+            with self.as_base():
+                yield
+            return
+        self.model.base_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.base_model.set_adapter("default")
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Within the context the module computes the untouched base model."""
+        with self.model.disable_adapter():
+            yield
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether training started from the base model, so that reference and base are one."""
+        return REFERENCE_ADAPTER not in self.model.peft_config

@@ -1,0 +1,173 @@
+"""The distribution over the vocabulary, computed from hidden states in chunks of tokens.
+
+All logits of a batch are never held at once: a chunk of tokens goes through the head, gives its log-probabilities,
+entropies or divergences, and is dropped. A per-token scalar needs only one gradient vector a token, of the hidden
+size, so that vector is computed while the chunk's logits are there and kept for the backward pass; nothing is
+recomputed. Memory is tokens x hidden size plus one chunk x V, where a plain head holds tokens x V several times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_trust.core.distributions import Categorical
+
+CHUNK_ELEMENTS = 2**24  # logits in flight at a time: 64 MiB in float32
+
+
+class VocabularyCategorical:
+    """Categorical over V tokens at each of (B, T) steps, held as hidden states and a frozen head.
+
+    Serves the core like `Categorical`, but its own parameters, in which the Fisher metric is taken, are the hidden
+    states. The logits are (hidden @ weight.T + bias) / temperature.
+
+    Args:
+        hidden: (B, T, H) last hidden states, after the final norm.
+        weight: (V, H), frozen.
+        bias: (V,) or None, frozen.
+        temperature: of sampling; the distribution that is scored is the one that samples.
+
+    Raises:
+        ValueError: the head is trainable. Then take `Categorical` over the logits, which differentiates it.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0) -> None:
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            raise ValueError(
+                "the vocabulary head is trainable; VocabularyCategorical differentiates hidden states only"
+            )
+        self.hidden = hidden
+        self._weight = weight
+        self._bias = bias
+        self._temperature = temperature
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.hidden,)
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-probability of tokens (B, T), in nats."""
+        return self.per_step(lambda own, tokens: own.log_prob(tokens), (), actions)
+
+    def entropy(self) -> Tensor:
+        """(B, T) entropy in nats per token, over the whole vocabulary."""
+        return self.per_step(lambda own: own.entropy(), ())
+
+    def kl(self, other: VocabularyCategorical) -> Tensor:
+        """KL(self || other), exact over the whole vocabulary, (B, T) in nats per token; differentiable in both."""
+        return self.per_step(lambda own, others: own.kl(others), (other,))
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(B, T) tokens."""
+        return self._gather(lambda chunk: chunk.sample(generator))
+
+    @torch.no_grad()
+    def mode(self) -> Tensor:
+        """(B, T) most likely tokens."""
+        return self._gather(lambda chunk: chunk.mode())
+
+    @torch.no_grad()
+    def fisher_product(self, *tangents: Tensor) -> Tensor:
+        """W' (diag(p) - p p') W u / temperature^2 for a tangent u of the hidden states, (B, T, H)."""
+        (tangent,) = tangents
+        flat = tangent.reshape(-1, tangent.shape[-1])
+        product = torch.empty_like(flat)
+        for rows in self._chunks():
+            moved = F.linear(flat[rows], self._weight).div_(self._temperature)
+            product[rows] = self._chunk(rows).fisher_product(moved) @ self._weight
+        return product.div_(self._temperature).view_as(tangent)
+
+    def detach(self) -> VocabularyCategorical:
+        """A snapshot of the distribution, without graph."""
+        return self._with(self.hidden.detach().clone())
+
+    def dense(self) -> Categorical:
+        """The same distribution as a plain `Categorical` that holds all logits, (B, T, V)."""
+        return Categorical(self._logits(self.hidden))
+
+    def __getitem__(self, rows: Any) -> VocabularyCategorical:
+        return self._with(self.hidden[rows])
+
+    def _with(self, hidden: Tensor) -> VocabularyCategorical:
+        return VocabularyCategorical(hidden, self._weight, self._bias, self._temperature)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self._weight, self._bias)
+        return logits if self._temperature == 1.0 else logits / self._temperature
+
+    def _chunks(self) -> Iterator[slice]:
+        tokens = self.hidden.shape[:-1].numel()
+        size = max(1, CHUNK_ELEMENTS // len(self._weight))
+        for start in range(0, tokens, size):
+            yield slice(start, min(start + size, tokens))
+
+    def _chunk(self, rows: slice) -> Categorical:
+        return Categorical(self._logits(self.hidden.reshape(-1, self.hidden.shape[-1])[rows]))
+
+    def _gather(self, function: Callable[[Categorical], Tensor]) -> Tensor:
+        return torch.cat([function(self._chunk(rows)) for rows in self._chunks()]).view(self.hidden.shape[:-1])
+
+    def per_step(
+        self, function: Callable[..., Any], others: Sequence[VocabularyCategorical], *tensors: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`lm_trust.core.distributions.per_step`, a chunk of tokens at a time; each chunk's logits are computed once.
+
+        Where the function's tensors are a tuple, only the first can be differentiated.
+        """
+        distributions = (self, *others)
+        flat = [tensor.reshape(-1, *tensor.shape[self.hidden.ndim - 1 :]) for tensor in tensors]
+
+        def chunk(rows: slice, *hidden: Tensor) -> tuple[Tensor, ...]:
+            own = [Categorical(d._logits(state)) for d, state in zip(distributions, hidden, strict=True)]
+            values = function(*own, *(tensor[rows] for tensor in flat))
+            return values if isinstance(values, tuple) else (values,)
+
+        values = _PerToken.apply(chunk, list(self._chunks()), *(distribution.hidden for distribution in distributions))
+        return values if len(values) > 1 else values[0]
+
+
+class _PerToken(torch.autograd.Function):
+    """Chunked evaluation of per-token scalars of hidden states, with each token's gradient kept from the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, chunk: Callable[..., Any], chunks: list[slice], *hidden: Tensor) -> tuple[Tensor, ...]:
+        needed = [index for index, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
+        flat = [state.reshape(-1, state.shape[-1]) for state in hidden]
+        values: list[tuple[Tensor, ...]] = []
+        gradients = [torch.empty_like(flat[index]) for index in needed]
+        for rows in chunks:
+            inputs = [state[rows].detach() for state in flat]
+            for index in needed:
+                inputs[index].requires_grad_()
+            with torch.set_grad_enabled(bool(needed)):
+                outputs = chunk(rows, *inputs)
+            values.append(tuple(output.detach() for output in outputs))
+            if needed:
+                wanted = [inputs[index] for index in needed]
+                parts = torch.autograd.grad(outputs[0], wanted, torch.ones_like(outputs[0]), materialize_grads=True)
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient[rows] = part
+        ctx.needed = needed
+        ctx.save_for_backward(*(part.view_as(hidden[index]) for part, index in zip(gradients, needed, strict=True)))
+        result = tuple(torch.cat(parts).view(hidden[0].shape[:-1]) for parts in zip(*values, strict=True))
+        ctx.mark_non_differentiable(*result[1:])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *undifferentiated: Tensor) -> tuple[Any, ...]:
+        # Autograd would take the kept gradients for constants, and a second derivative would lack their part.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the chunked vocabulary head is differentiable once, its graph cannot be differentiated twice; "
+                "take `dense()`"
+            )
+        result: list[Any] = [None] * len(ctx.needs_input_grad)
+        for index, gradient in zip(ctx.needed, ctx.saved_tensors, strict=True):
+            result[2 + index] = gradient * upstream.unsqueeze(-1)
+        return tuple(result)

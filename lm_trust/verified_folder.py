@@ -1,0 +1,109 @@
+"""Folders that are either whole or not there: built aside, moved in by one rename, checked against a manifest.
+
+The manifest lists every file's size and SHA-256. Model caches and checkpoints are such folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a verified folder, in a few words; None if it is exactly what was built."""
+    if not folder.is_dir():
+        return "it does not exist" if not os.path.lexists(folder) else "it is not a folder"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = {path: (entry["size"], entry["sha256"]) for path, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    present = _files(folder)
+    for path in sorted(listed.keys() | present.keys()):
+        if path not in present:
+            return f"{path} is missing"
+        # A file that nobody listed can change what is loaded: transformers reads any adapter_config.json it finds.
+        if path not in listed:
+            return f"{path} was not put there by lm_trust"
+    try:
+        # Sizes first: the usual fault, a truncated file, is then found without reading half a gigabyte.
+        for path, (size, _) in listed.items():
+            if present[path].stat().st_size != size:
+                return f"{path} has {present[path].stat().st_size} bytes instead of {size}"
+        for path, (_, sha256) in listed.items():
+            if _sha256(present[path]) != sha256:
+                return f"the checksum of {path} does not match"
+    except OSError as error:
+        return f"a file cannot be read: {error}"
+    return None
+
+
+def build_verified(folder: Path, build: Callable[[Path], None]) -> None:
+    """Build the folder with `replace_folder` and seal it with a manifest.
+
+    Args:
+        folder, build: as for `replace_folder`; the name manifest.json is reserved.
+    """
+
+    def build_and_seal(temporary: Path) -> None:
+        build(temporary)
+        if (temporary / MANIFEST).exists():
+            raise ValueError(f"the name {MANIFEST} is reserved for the folder's own manifest")
+        files = {
+            path: {"size": file.stat().st_size, "sha256": _sha256(file)} for path, file in _files(temporary).items()
+        }
+        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+
+    replace_folder(folder, build_and_seal)
+
+
+def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Build a folder beside its final place and put it there by one rename.
+
+    Only one process at a time may build the same folder; a temporary one found here belongs to one that was killed.
+
+    Args:
+        folder: the final place; what stands there is replaced.
+        build: writes the contents into the empty folder that it is given. What it raises is passed on, and nothing of
+            what it wrote is kept.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        _remove(leftover)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        build(temporary)
+        if os.path.lexists(folder):
+            # A folder with something in it cannot be replaced by a rename, so the old one steps aside first.
+            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"))
+        temporary.rename(folder)
+    finally:
+        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+            _remove(leftover)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file under `folder` but its manifest, by its path relative to the folder."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in found if path != folder / MANIFEST}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

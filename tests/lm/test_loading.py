@@ -1,0 +1,310 @@
+"""Models, tokenizers and adapters: what loads, what is refused and by which words, and what is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from lm_trust.errors import UserError
+from lm_trust.lm.loading import (
+    context_length,
+    load_adapter,
+    load_base,
+    load_policy,
+    load_tokenizer,
+    load_trained,
+    prepare_base,
+    save_adapter,
+)
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Tokenizers and bases; the `network_attempts` fixture sees to it that none of this touches the network.
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end(model_folders, architecture, lm):
+    tokenizer = load_tokenizer(str(model_folders(architecture)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == lm.EOS
+    assert tokenizer.padding_side == "left"
+    own = load_tokenizer(str(model_folders(architecture, True)))
+    assert (own.pad_token_id, own.eos_token_id) == (lm.PAD, lm.EOS)
+
+
+def test_a_tokenizer_without_an_end_is_refused(model_folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(model_folder / name, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"model\.path: .* no end-of-sequence token") as error:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in one_line(error)
+
+
+def test_a_base_is_frozen_at_rest_and_in_single_precision(model_folder, tmp_path, lm):
+    base = load_base(str(model_folder))
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+    assert not any(module.training for module in base.modules())
+    shutil.copytree(model_folder, tmp_path / "half", dirs_exist_ok=True)
+    AutoModelForCausalLM.from_pretrained(model_folder).half().save_pretrained(tmp_path / "half")
+    assert {parameter.dtype for parameter in load_base(str(tmp_path / "half")).parameters()} == {torch.float32}
+    settings = base.generation_config
+    assert (settings.eos_token_id, settings.top_k, settings.temperature) == (lm.EOS, None, None)
+
+
+def test_the_context_is_read_without_the_model(model_folder, tmp_path):
+    shutil.copy(model_folder / "config.json", tmp_path)
+    assert context_length(str(tmp_path)) == 64
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_base, context_length])
+def test_an_empty_folder_is_one_clear_line(load, tmp_path):
+    with pytest.raises(UserError, match=r"^model\.path: ") as error:
+        load(str(tmp_path))
+    assert str(tmp_path) in one_line(error)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_base, context_length])
+def test_a_hub_id_out_of_reach_is_one_clear_line(load, network_attempts, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    # As where the hub is switched off: no minute of retries in a test.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.path: .*nobody/nothing-of-this-name") as error:
+        load("nobody/nothing-of-this-name")
+    one_line(error)
+    network_attempts.clear()
+
+
+SMALL = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def gemma2(cap):
+    return Gemma2ForCausalLM(Gemma2Config(head_dim=8, final_logit_softcapping=cap, **SMALL))
+
+
+REFUSED = {
+    "Gemma2ForCausalLM": lambda: gemma2(30.0),
+    "CohereForCausalLM": lambda: CohereForCausalLM(CohereConfig(**SMALL)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_transforms_its_logits_is_refused_by_name(name):
+    with pytest.raises(UserError, match=rf"{name} transforms its logits") as error:
+        prepare_base(REFUSED[name]())
+    one_line(error)
+
+
+def test_the_same_model_with_a_plain_head_is_not():
+    model = gemma2(None)
+    assert prepare_base(model) is model
+    assert not model.get_output_embeddings()._forward_hooks
+
+
+# Adapters
+
+
+@pytest.mark.usefixtures("global_streams")
+def test_a_fresh_adapter_is_the_base_and_its_seed_decides(model_folder, tokenizer, lm):
+    policies = [load_policy(str(model_folder), r=2, seed=seed) for seed in (0, 0, 1)]
+    first, same, other = (lm.checksum(policy, trainable=True) for policy in policies)
+    assert first == same != other
+    weights = {name: value for name, value in policies[0].named_parameters() if value.requires_grad}
+    assert all((value == 0).all() == ("lora_B" in name) for name, value in weights.items())
+    completions = lm.sample(policies[0], tokenizer)
+    own = policies[0].distribution(completions.observations).dense().logits
+    with policies[0].as_base():
+        assert torch.equal(policies[0].distribution(completions.observations).dense().logits, own)
+
+
+def test_targets_are_the_architectures_or_the_users(model_folder, architecture, lm):
+    default = load_policy(str(model_folder)).model.peft_config["default"]
+    assert set(default.target_modules) == ({"c_attn"} if architecture == "gpt2" else {"q_proj", "v_proj"})
+    assert default.fan_in_fan_out == (architecture == "gpt2")
+    mlp = "c_fc" if architecture == "gpt2" else "up_proj"
+    policy = load_policy(str(model_folder), r=3, alpha=7, targets=[mlp])
+    assert all(mlp in name for name, value in policy.named_parameters() if value.requires_grad)
+    assert (policy.model.peft_config["default"].r, policy.model.peft_config["default"].lora_alpha) == (3, 7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_targets_are_refused_by_key(model_folder, lm, architecture):
+    with pytest.raises(UserError, match=r"^model\.lora\.targets: .*nonsense") as error:
+        load_policy(str(model_folder), targets=["nonsense"])
+    one_line(error)
+    # The head's adapter would take part in sampling and not in scores.
+    for targets in (["lm_head"], [lm.TARGETS[architecture], "lm_head"]):
+        with pytest.raises(UserError, match=r"^model\.lora\.targets: .*output head"):
+            load_policy(str(model_folder), targets=targets)
+
+
+@pytest.fixture
+def trained(make_policy, tokenizer, lm):
+    policy = make_policy(dtype=torch.float32)
+    return policy, lm.sample(policy, tokenizer)
+
+
+@torch.no_grad()
+def log_probs(policy, completions):
+    return policy.distribution(completions.observations).log_prob(completions.tokens)[completions.mask]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_a_saved_adapter_is_a_plain_one(trained, model_folder, tmp_path, lm):
+    policy, completions = trained
+    save_adapter(policy, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter").eval()
+    seen, width = completions.observations, completions.observations.prompt_width
+    with torch.no_grad():
+        logits = plain(
+            input_ids=seen.input_ids, attention_mask=seen.attention_mask.long(), position_ids=seen.position_ids
+        ).logits[:, width - 1 : -1]
+    found = logits.log_softmax(-1).gather(-1, completions.tokens.unsqueeze(-1)).squeeze(-1)[completions.mask]
+    torch.testing.assert_close(found, log_probs(policy, completions), rtol=0, atol=1e-5)
+    with policy.as_base():
+        assert (log_probs(policy, completions) - found).abs().max() > 0.01
+    # Training that started from an adapter saves the trained one, without the reference.
+    again = lm.move(load_policy(str(model_folder), adapter=tmp_path / "adapter"), seed=8)
+    save_adapter(again, tmp_path / "second")
+    assert not [path for path in (tmp_path / "second").rglob("*") if "reference" in path.name]
+    third = load_policy(str(model_folder), adapter=tmp_path / "second")
+    torch.testing.assert_close(log_probs(third, completions), log_probs(again, completions), rtol=0, atol=1e-5)
+    assert (log_probs(third, completions) - found).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("keep_reference", [True, False])
+def test_an_adapter_to_start_from(trained, model_folder, tmp_path, keep_reference):
+    policy, _ = trained
+    save_adapter(policy, tmp_path / "adapter")
+    model = load_adapter(load_base(str(model_folder)), tmp_path / "adapter", keep_reference=keep_reference)
+    assert set(model.peft_config) == ({"default", "reference"} if keep_reference else {"default"})
+    assert model.active_adapters == ["default"]
+    wanted = {name for name, value in policy.model.named_parameters() if value.requires_grad}
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == wanted
+
+
+def test_trained_weights_go_back_into_a_policy(trained, model_folder, tmp_path, lm):
+    policy, completions = trained
+    save_adapter(policy, tmp_path / "adapter")
+    other = load_policy(str(model_folder), r=2, alpha=4)
+    frozen = lm.checksum(other, trainable=False)
+    load_trained(other, tmp_path / "adapter")
+    torch.testing.assert_close(log_probs(other, completions), log_probs(policy, completions), rtol=0, atol=1e-6)
+    assert lm.checksum(other, trainable=True) == lm.checksum(policy, trainable=True)
+    assert lm.checksum(other, trainable=False) == frozen
+
+
+def test_trained_weights_leave_the_reference_where_it_was(trained, model_folder, tmp_path, lm):
+    policy, completions = trained
+    save_adapter(policy, tmp_path / "start")
+    start = log_probs(policy, completions)
+    save_adapter(lm.move(policy, seed=9), tmp_path / "end")
+    other = load_policy(str(model_folder), adapter=tmp_path / "start")
+    load_trained(other, tmp_path / "end")
+    torch.testing.assert_close(log_probs(other, completions), log_probs(policy, completions), rtol=0, atol=1e-6)
+    with other.as_reference():
+        torch.testing.assert_close(log_probs(other, completions), start, rtol=0, atol=1e-6)
+    assert (log_probs(other, completions) - start).abs().max() > 0.01
+
+
+MISFITS = {
+    "another rank": {"r": 3},
+    "other targets": {"targets": {"gpt2": ["c_fc"], "llama": ["up_proj"]}},
+    "more targets": {"targets": {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj", "up_proj"]}},
+    "fewer targets": {"targets": {"gpt2": ["attn.c_proj"], "llama": ["q_proj"]}},
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS.keys())
+def test_an_adapter_that_does_not_fit_the_policy_is_refused(trained, model_folder, architecture, tmp_path, misfit):
+    save_adapter(trained[0], tmp_path / "adapter")
+    settings = {"r": 2, "alpha": 4} | misfit
+    if "targets" in misfit:
+        settings["targets"] = misfit["targets"][architecture]
+    other = load_policy(str(model_folder), **settings)
+    with pytest.raises(UserError, match="adapter") as error:
+        load_trained(other, tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in one_line(error)
+
+
+def test_an_adapter_of_another_model_is_refused(trained, model_folders, architecture, tmp_path):
+    save_adapter(trained[0], tmp_path / "adapter")
+    other = {"gpt2": "llama", "llama": "gpt2"}[architecture]
+    with pytest.raises(UserError, match=r"adapter .* could not be loaded: ") as error:
+        load_policy(str(model_folders(other)), adapter=tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in one_line(error)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_the_output_head_is_refused(model_folder, architecture, lm, tmp_path):
+    targets = [lm.TARGETS[architecture]]
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets, modules_to_save=["lm_head"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False
+    )
+    with pytest.raises(UserError, match="changes the output head"):
+        load_policy(str(model_folder), adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "absent"])
+def test_a_folder_without_an_adapter_is_one_clear_line(trained, model_folder, tmp_path, there):
+    folder = tmp_path / "run" / "adapter"
+    if there:
+        folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="could not be loaded") as error:
+        load_policy(str(model_folder), adapter=folder)
+    assert str(folder) in one_line(error)
+    with pytest.raises(UserError, match="could not be loaded") as error:
+        load_trained(trained[0], folder)
+    assert str(folder) in one_line(error)
+
+
+def test_a_relative_folder_is_no_hub_id(trained, model_folder, tmp_path, monkeypatch):
+    """`run/adapter` looks like one, and peft would ask the hub for it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        load_trained(trained[0], Path("run/adapter"))
+    Path("run/adapter").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        load_policy(str(model_folder), adapter="run/adapter")
+
+
+def test_a_damaged_adapter_is_one_clear_line(trained, model_folder, tmp_path):
+    save_adapter(trained[0], tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for load in (
+        lambda: load_policy(str(model_folder), adapter=tmp_path / "adapter"),
+        lambda: load_trained(trained[0], tmp_path / "adapter"),
+    ):
+        with pytest.raises(UserError, match="could not be loaded") as error:
+            load()
+        assert str(tmp_path / "adapter") in one_line(error)
+
+
+def test_a_saved_adapter_replaces_the_one_before(trained, tmp_path, lm):
+    policy, _ = trained
+    save_adapter(policy, tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    save_adapter(lm.move(policy, seed=2), tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
