@@ -1,0 +1,222 @@
+"""The command line's language: its options, its help, and the config keys that may stand among them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lm_trust import __version__
+from lm_trust.errors import UserError
+
+_DESCRIPTION = """\
+Train a language model or a control policy with updates that keep to a bound,
+in nats, on how far the policy may move.
+"""
+_EXAMPLES = """\
+examples:
+  lm-trust train configs/control/cartpole_trpo.yaml
+  lm-trust train configs/lm/sentiment_trpo.yaml --update.max_kl 0.02
+  lm-trust evaluate runs/sentiment_trpo
+  lm-trust generate runs/sentiment_trpo "The film was"
+
+`lm-trust COMMAND --help` tells more of each.
+"""
+_TRAIN = """\
+Train as the YAML file CONFIG says and write a run folder: config.yaml
+(resolved), metrics.jsonl (a line an iteration), evaluation.json, checkpoints/
+and the policy (adapter/ or policy.safetensors).
+
+Every key of the config can be set here too, by its dotted name; the value is
+YAML. Setting another `kind` replaces that section with the kind's defaults.
+`lm-trust config language` and `lm-trust config control` list all keys.
+
+Ctrl-C and SIGTERM finish the iteration, write a checkpoint and exit with
+status 130 or 143.
+"""
+_TRAIN_EXAMPLES = """\
+examples:
+  lm-trust train configs/lm/sentiment_trpo.yaml
+  lm-trust train configs/lm/sentiment_trpo.yaml --seed 1 --output runs/second
+  lm-trust train configs/control/cartpole_trpo.yaml --update.kind ppo_clip
+  lm-trust train configs/control/cartpole_trpo.yaml --policy.log_std -0.5
+  lm-trust train configs/lm/sentiment_trpo.yaml --rewards.0.weight 2
+  lm-trust train --resume runs/sentiment_trpo
+  lm-trust train --resume runs/sentiment_trpo --iterations 60
+"""
+_EVALUATE = """\
+Evaluate a trained policy again: a language model on the held-out prompts of
+its run, beside the model it started from; a control policy on fresh episodes,
+without exploration.
+"""
+_EVALUATE_EXAMPLES = """\
+examples:
+  lm-trust evaluate runs/sentiment_trpo
+  lm-trust evaluate runs/cartpole_trpo --count 100
+"""
+_GENERATE = """\
+Print completions of a prompt by the language model of a run.
+"""
+_GENERATE_EXAMPLES = """\
+examples:
+  lm-trust generate runs/sentiment_trpo "The film was"
+  lm-trust generate runs/sentiment_trpo "The film was" --count 4 --seed 1
+  lm-trust generate runs/sentiment_trpo "The film was" --reference
+  lm-trust generate runs/sentiment_trpo -- "-- a prompt that starts with a dash"
+"""
+_CONFIG = """\
+List every key of a config with its default and its meaning. A config with an
+`environment` section is a control run, one with a `model` section a language
+run. In a file the keys nest; on the command line they are dotted:
+`update: {max_kl: 0.02}` is --update.max_kl 0.02.
+
+`extends: other.yaml` at the top of a file takes that file's keys (the name is
+relative to the file). Sections merge; lists, values and sections of another
+`kind` replace.
+"""
+_CONFIG_EXAMPLES = """\
+examples:
+  lm-trust config language
+  lm-trust config control
+"""
+
+# The options of `train` that are not keys of the config (`--output` is one, and text whatever it looks like).
+_VALUE_OPTIONS = ("--output", "--resume")
+_FLAGS = ("--help",)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with wrong usage as one line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())}; see {self.prog} --help")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take `--section.key VALUE` and `--section.key=VALUE` out of the arguments.
+
+    argparse cannot: it would take the value of an option that it does not know for CONFIG.
+    The argument after a key is its value whatever it starts with, unless it looks like the next `--option`.
+
+    Returns:
+        The other arguments, and the (key, value) pairs in their order.
+
+    Raises:
+        UserError: a key without a value.
+    """
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    waiting = list(reversed(arguments))
+    while waiting:
+        argument = waiting.pop()
+        name, equals, value = argument.partition("=")
+        if argument == "--":
+            return [*rest, argument, *reversed(waiting)], overrides
+        if not argument.startswith("--") or name in _FLAGS:
+            rest.append(argument)
+        elif name in _VALUE_OPTIONS:
+            rest += [argument] if equals or not waiting else [argument, waiting.pop()]
+        else:
+            near = difflib.get_close_matches(name, (*_VALUE_OPTIONS, *_FLAGS), n=1, cutoff=0.8)
+            if near:
+                raise UserError(f"command line: {name}: unknown option; did you mean {near[0]}?")
+            if not equals:
+                if not waiting or re.match(r"--[A-Za-z]", waiting[-1]):
+                    raise UserError(f"command line: {name}: a value is missing, as in {name} VALUE")
+                value = waiting.pop()
+            overrides.append((name[2:], value))
+    return rest, overrides
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of everything but overrides; wrong usage is a UserError."""
+    parser = _Parser(
+        prog="lm-trust",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lm-trust {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    def command(name: str, summary: str, text: str, examples: str, usage: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=text,
+            epilog=examples,
+            usage=f"lm-trust {name} {usage}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    train = command(
+        "train",
+        "train as a config file says",
+        _TRAIN,
+        _TRAIN_EXAMPLES,
+        "CONFIG [--output DIR] [--section.key VALUE ...]\n"
+        "       lm-trust train [CONFIG] --resume DIR [--section.key VALUE ...]",
+    )
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume, the run's own")
+    train.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME for a CONFIG NAME.yaml)")
+    train.add_argument(
+        "--resume", metavar="DIR", help="go on with the run in this folder, exactly where its checkpoint is"
+    )
+    train.add_argument(
+        "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
+    )
+
+    evaluate = command("evaluate", "evaluate a trained policy", _EVALUATE, _EVALUATE_EXAMPLES, "RUN [--count N]")
+    evaluate.add_argument("run", metavar="RUN", help="run folder")
+    evaluate.add_argument(
+        "--count",
+        type=_positive,
+        metavar="N",
+        help="held-out prompts or episodes (default: as in the run's config)",
+    )
+
+    generate = command(
+        "generate",
+        "print completions by a trained language model",
+        _GENERATE,
+        _GENERATE_EXAMPLES,
+        'RUN "PROMPT" [--count N] [--max-new-tokens N]\n                         [--seed N] [--reference]',
+    )
+    generate.add_argument("run", metavar="RUN", help="run folder of a language run")
+    generate.add_argument("prompt", metavar="PROMPT", help="text to go on from")
+    generate.add_argument("--count", type=_positive, default=1, metavar="N", help="completions (default: 1)")
+    generate.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="longest completion (default: as in the run's config)",
+    )
+    generate.add_argument(
+        "--seed",
+        type=_seed,
+        metavar="N",
+        help="of the sampling (default: the run's); the same seed, the same text",
+    )
+    generate.add_argument("--reference", action="store_true", help="by the model that training started from instead")
+
+    config = command("config", "list the keys of a config", _CONFIG, _CONFIG_EXAMPLES, "{language,control}")
+    config.add_argument("world", choices=("language", "control"), help="the kind of run")
+    return parser
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)

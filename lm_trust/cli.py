@@ -1,0 +1,158 @@
+"""The command line: `lm-trust train | evaluate | generate | config`.
+
+What can be checked without loading a model is checked before anything heavy is imported, and what is wrong is
+told in `error:` lines on stderr with status 2. A run that a signal stopped exits with 130 (Ctrl-C) or 143
+(SIGTERM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm_trust.arguments import make_parser, split_overrides
+from lm_trust.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_trust.training.config import Config
+
+# What a resumed run may change: how long it is, what is noted on the way, and where the same files lie now.
+_MAY_CHANGE = (
+    "output",
+    "iterations",
+    "total_steps",
+    "evaluation.",
+    "checkpoint.",
+    "rollout.microbatch_size",
+    "model.path",
+    "model.adapter",
+    "prompts.path",
+    "prompts.heldout",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        overrides: list[tuple[str, str]] = []
+        if given[:1] == ["train"]:
+            given, overrides = split_overrides(given)
+        parsed = make_parser().parse_args(given)
+        if parsed.command == "train":
+            return _train(parsed, overrides)
+        return {"evaluate": _evaluate, "generate": _generate, "config": _config}[parsed.command](parsed)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the runner takes over the signals; nothing has been done yet
+        return 130
+    except BrokenPipeError:  # `lm-trust config language | head`
+        if given[:1] == ["train"]:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from lm_trust.training.config_file import load_config
+
+    if parsed.output == "":
+        raise UserError("--output: must not be empty")
+    if parsed.resume is None:
+        if parsed.config is None:
+            raise UserError("give a CONFIG file, or --resume DIR; see lm-trust train --help")
+        config = load_config(parsed.config, overrides)
+        output, resume = Path(parsed.output or config.output).expanduser(), None
+        _check_output(output)
+    else:
+        output = resume = _run_folder(parsed.resume)
+        if parsed.output is not None and Path(parsed.output).expanduser().resolve() != resume.resolve():
+            raise UserError("--output: a resumed run goes on in its own folder; leave out --output or --resume")
+        config = load_config(parsed.config or resume / "config.yaml", overrides)
+        _check_unchanged(config, load_config(resume / "config.yaml", check_files=False), resume)
+    config = config.model_copy(update={"output": str(output)})
+
+    from lm_trust.training.run import train
+
+    return train(config, output, resume)
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from lm_trust.training.config_file import load_config
+
+    run = _run_folder(parsed.run)
+    load_config(run / "config.yaml")  # here, so that a wrong file is told before anything heavy is imported
+
+    from lm_trust.training.run import evaluate
+
+    return evaluate(run, parsed.count)
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    from lm_trust.training.config import LanguageConfig
+    from lm_trust.training.config_file import load_config
+
+    run = _run_folder(parsed.run)
+    if not isinstance(load_config(run / "config.yaml", check_files=False), LanguageConfig):
+        raise UserError(f"{run}: this is a control run; generate needs a language run")
+    if not parsed.prompt:
+        raise UserError("PROMPT: must not be empty")
+
+    from lm_trust.training.run import generate
+
+    return generate(run, parsed.prompt, parsed.count, parsed.max_new_tokens, parsed.seed, parsed.reference)
+
+
+def _config(parsed: argparse.Namespace) -> int:
+    from lm_trust.training.config import ControlConfig, LanguageConfig
+    from lm_trust.training.config_help import key_listing
+
+    print(key_listing(LanguageConfig if parsed.world == "language" else ControlConfig), flush=True)
+    return 0
+
+
+def _run_folder(given: str) -> Path:
+    run = Path(os.path.expanduser(given))
+    if not os.path.isdir(run):
+        raise UserError(f"{given}: no such run folder")
+    if not os.path.isfile(run / "config.yaml"):
+        raise UserError(f"{given}: not a run folder: it holds no config.yaml")
+    return run
+
+
+def _check_output(output: Path) -> None:
+    """A new run never writes over an old one."""
+    if os.path.exists(output / "metrics.jsonl"):
+        raise UserError(
+            f"output: {output} already holds a run; continue it with --resume {output}, or choose another --output"
+        )
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise UserError(f"output: {output} is a file; choose another --output")
+
+
+def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
+    """A resumed run is the same run: only what does not touch its course may change."""
+    if type(config) is not type(saved):
+        raise UserError(f"--resume: {run} is a run of the other world; give its own CONFIG, or none")
+    now, then = _leaves(config.model_dump()), _leaves(saved.model_dump())
+    changed = [
+        f"--resume: {key} is {then.get(key)!r} in {run} and {now.get(key)!r} here; "
+        "it cannot change in a resumed run, start a new one instead"
+        for key in {**then, **now}
+        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError("\n".join(changed))
+
+
+def _leaves(section: dict, at: str = "") -> dict[str, object]:
+    leaves: dict[str, object] = {}
+    for name, value in section.items():
+        leaves |= _leaves(value, f"{at}{name}.") if isinstance(value, dict) else {f"{at}{name}": value}
+    return leaves

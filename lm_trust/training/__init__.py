@@ -1,0 +1,1 @@
+"""One Trainer for both worlds, and what surrounds it: configuration, checkpoints, evaluation, progress."""

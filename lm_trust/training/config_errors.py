@@ -1,0 +1,169 @@
+"""Say what is wrong with a config in the words of its keys: pydantic's findings, one plain line each."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+Key = tuple[str, ...]  # a dotted key in parts; items of a list by index
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "a section with keys of its own",
+    "model_attributes_type": "a section with keys of its own",
+    "none_required": "null",
+    "finite_number": "a finite number",
+}
+_LIMITS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def plain(text: str) -> str:
+    """Text as it is where it prints on one line, quoted and escaped where it does not."""
+    return text if text.isprintable() and text else repr(text)
+
+
+def dotted(key: Sequence[str]) -> str:
+    return ".".join(map(plain, key))
+
+
+def shown(value: Any) -> str:
+    """A value from YAML, short and on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a section"
+    return _REPR.repr(value)
+
+
+def variants(annotation: Any) -> dict[str | None, type[BaseModel]]:
+    """The sections a field may hold, by their `kind`; {None: section} without a choice, {} for a value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {None: annotation}
+    if typing.get_origin(annotation) is list:
+        return variants(typing.get_args(annotation)[0])
+    models = [one for arm in typing.get_args(annotation) for one in variants(arm).values()]
+    return {model.model_fields["kind"].default: model for model in models if "kind" in model.model_fields}
+
+
+def keys_of(model: type[BaseModel], at: Key = ()) -> Iterator[Key]:
+    """All dotted keys below a model, in order; those of all kinds where a section has several."""
+    for name, field in model.model_fields.items():
+        yield (*at, name)
+        is_list = typing.get_origin(field.annotation) is list
+        for section in variants(field.annotation).values():
+            yield from keys_of(section, (*at, name, "0") if is_list else (*at, name))
+
+
+def problems_of(error: ValidationError, root: type[BaseModel], other: type[BaseModel]) -> list[tuple[Key, str]]:
+    """(key, what is wrong) for each finding; `other` is the root of the world that this config is not of."""
+    found: dict[tuple[Key, str], None] = {}  # a set that keeps the order
+    for item in error.errors(include_url=False):
+        cause = item.get("ctx", {}).get("error")
+        if hasattr(cause, "problems"):
+            for key, message in cause.problems:
+                found[tuple(key.split(".")), message] = None
+        elif item["type"] != "default_factory_not_called":  # a consequence of another finding, not one of its own
+            key, section = _place(item["loc"], root)
+            if item["type"].startswith("union_tag"):
+                key = (*key, "kind")
+            found[key, _message(item, key, section, root, other)] = None
+    return list(found)
+
+
+def _place(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[Key, type[BaseModel]]:
+    """The dotted key and its section from pydantic's location, which also names the kinds it went through."""
+    key: list[str] = []
+    section, choices = root, {None: root}
+    for part in loc:
+        if part in choices and None not in choices:
+            section = choices[part]
+            choices = {None: section}
+            continue
+        key.append(str(part))
+        if isinstance(part, int):
+            continue
+        section = choices.get(None, section)
+        field = section.model_fields.get(part)
+        choices = variants(field.annotation) if field else {}
+    return tuple(key), section
+
+
+def _message(item: Any, key: Key, section: type[BaseModel], root: type[BaseModel], other: type[BaseModel]) -> str:
+    kind, got, context = item["type"], shown(item["input"]), item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key{_instead(key, section, root, other)}"
+    if kind == "missing":
+        field = section.model_fields[key[-1]]
+        return f"required but not given{f': {field.description}' if field.description else ''}"
+    if kind.startswith("union_tag"):
+        return _unknown_kind(key, item["input"], root, other)
+    if kind == "literal_error":
+        names = typing.get_args(section.model_fields[key[-1]].annotation)
+        return f"must be one of {', '.join(names)}, got {got}{_nearest(item['input'], names)}"
+    if kind in _EXPECTED:
+        text = " (text)" if isinstance(item["input"], str) else ""
+        return f"expected {_EXPECTED[kind]}, got {got}{text}"
+    if kind in _LIMITS:
+        words, limit = _LIMITS[kind]
+        return f"must be {words} {context[limit]:g}, got {got}"
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty"
+    if kind == "value_error":
+        return " ".join(str(context["error"]).split())
+    return " ".join(item["msg"].split())
+
+
+def _nearest(wrong: Any, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(wrong), names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _instead(key: Key, section: type[BaseModel], root: type[BaseModel], other: type[BaseModel]) -> str:
+    """What the writer of an unknown key may have meant: a neighbour, another kind's key, one elsewhere."""
+    *above, wrong = key
+    here = list(section.model_fields)
+    near = difflib.get_close_matches(wrong, here, n=1)
+    if near:
+        return f"; did you mean {dotted((*above, near[0]))}?"
+    if key in set(keys_of(root)):
+        kind = section.model_fields["kind"].default
+        return f" of kind {kind}; its keys are {', '.join(name for name in here if name != 'kind') or 'none'}"
+    if key in set(keys_of(other)):
+        return f" here; it belongs to {_world(other)}"
+    elsewhere = {one[-1]: one for one in reversed(list(keys_of(root)))}
+    near = difflib.get_close_matches(wrong, list(elsewhere), n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {dotted(elsewhere[near[0]])}?"
+    return f"; the keys of {dotted(above)} are {', '.join(here)}" if above else f"; the keys are {', '.join(here)}"
+
+
+def _unknown_kind(key: Key, given: Any, root: type[BaseModel], other: type[BaseModel]) -> str:
+    kinds = list(variants(root.model_fields[key[0]].annotation))
+    names = ", ".join(kinds)
+    wrong = given.get("kind") if isinstance(given, dict) else None
+    if wrong is None:
+        return f"required but not given: one of {names}"
+    if isinstance(wrong, str) and wrong in variants(other.model_fields[key[0]].annotation):
+        return f"{wrong} is for {_world(other)}; here: {names}"
+    return f"unknown kind {shown(wrong)}; one of {names}{_nearest(wrong, kinds)}"
+
+
+def _world(root: type[BaseModel]) -> str:
+    return (root.__doc__ or root.__name__).split(":")[0].removeprefix("A ").lower() + "s"

@@ -1,0 +1,280 @@
+"""Read a run's config from YAML, `extends` and the command line, and write it back resolved.
+
+A config file may name a parent, `extends: other.yaml`, relative to itself. Mappings merge, lists and single
+values replace, and a section whose `kind` differs from its parent's replaces it whole: the keys of TRPO
+mean nothing to PPO. Overrides from the command line are one more such layer on top. Every problem found is
+one line that names the file (or the command line), the key and what to do; all of them come in one
+`UserError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from lm_trust.errors import UserError
+from lm_trust.training.config import GROUPED, Config, ControlConfig, LanguageConfig
+from lm_trust.training.config_errors import Key, dotted, plain, problems_of, shown
+from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
+
+COMMAND_LINE = "command line"
+BUNDLED_MODEL = "smollm2-135m"
+_DEEPEST = 8  # parts of an override's key; no config is nearly as deep
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_config(
+    path: str | os.PathLike, overrides: Sequence[tuple[str, str]] = (), *, check_files: bool = True
+) -> Config:
+    """The validated config of a file: defaults filled in, `output` chosen, local paths absolute.
+
+    Args:
+        path: the YAML file.
+        overrides: (dotted key, YAML text) pairs, as ("update.max_kl", "0.02"); an item of a list by its
+            index, "rewards.0.weight".
+        check_files: whether the prompts, the adapter and a local model must exist; a finished run can be
+            looked at without its prompts.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    path = os.fspath(path)
+    if "\0" in path:
+        raise UserError(f"{plain(path)}: a file's name cannot hold a null byte")
+    sources: dict[Key, str] = {}
+    layers = [*_layers(path, ()), (COMMAND_LINE, _override_layer(overrides))]
+    root = _world(layers, path)
+    tree: dict[str, Any] = {}
+    for source, layer in [(path, _default_kinds(root, layers)), *layers]:
+        tree = _merge(tree, layer, source, sources)
+    try:
+        config = root.model_validate(tree)
+    except ValidationError as error:
+        found = problems_of(error, root, LanguageConfig if root is ControlConfig else ControlConfig)
+        raise UserError(_lines(found, sources, path)) from None
+    config, found = _resolve(config, path, check_files)
+    if found:
+        raise UserError(_lines(found, sources, path))
+    return config
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load_config` reads back equal, every default written out."""
+    return write_yaml(config.model_dump())
+
+
+# ---- layers
+
+
+def _layers(path: str, children: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The (file, mapping) layers of a file, its furthest ancestor first."""
+    real = os.path.realpath(path)
+    if real in children:
+        raise UserError(f"{plain(path)}: extends: the files extend one another in a circle")
+    try:
+        tree = read_yaml(_read(path))
+    except YamlTextError as problem:
+        raise UserError(f"{plain(path)}: {problem}") from None
+    if tree is None:
+        raise UserError(f"{plain(path)}: the file is empty")
+    if not isinstance(tree, dict):
+        raise UserError(f"{plain(path)}: expected `key: value` lines, got {shown(tree)}")
+    parent = tree.pop("extends", None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise UserError(f"{plain(path)}: extends: expected the name of a file, got {shown(parent)}")
+        parent = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(parent)))
+        if not os.path.exists(parent):
+            raise UserError(f"{plain(path)}: extends: {_no_such('file', parent)}")
+        yield from _layers(parent, (*children, real))
+    yield path, tree
+
+
+def _read(path: str) -> str:
+    if os.path.isdir(path):
+        raise UserError(f"{plain(path)}: this is a folder; give a YAML file")
+    if not os.path.exists(path):
+        raise UserError(_no_such("file", path))
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise UserError(f"{plain(path)}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{plain(path)}: cannot be read: {error.strerror}") from None
+
+
+def _override_layer(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """All overrides as one layer, so that their order matters only between two of the same key."""
+    layer: dict[str, Any] = {}
+    for key, text in overrides:
+        parts = key.split(".")
+        if not all(parts) or len(parts) > _DEEPEST:
+            raise UserError(f"{COMMAND_LINE}: --{plain(key)}: expected a key such as --update.max_kl")
+        if parts[0] == "extends":
+            raise UserError(f"{COMMAND_LINE}: extends: only a config file can extend another")
+        try:
+            value = read_yaml(text)
+        except YamlTextError as problem:
+            raise UserError(f"{COMMAND_LINE}: {dotted(parts)}: {shown(text)} is not valid YAML: {problem}") from None
+        nested: Any = value
+        for part in reversed(parts):
+            nested = {part: nested}
+        layer = _merge(layer, nested, COMMAND_LINE, {}, kinds=False)
+    return layer
+
+
+def _merge(
+    base: dict[str, Any],
+    layer: dict[str, Any],
+    source: str,
+    sources: dict[Key, str],
+    at: Key = (),
+    *,
+    kinds: bool = True,
+) -> dict[str, Any]:
+    """`layer` over `base`, both unchanged; `sources` learns which layer each key was last set by."""
+    merged = dict(base)
+    for name, value in layer.items():
+        old, key = merged.get(name), (*at, name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            other_kind = kinds and isinstance(value.get("kind"), str) and value["kind"] != old.get("kind")
+            merged[name] = _merge({} if other_kind else old, value, source, sources, key, kinds=kinds)
+        elif isinstance(old, list) and isinstance(value, dict) and source == COMMAND_LINE:
+            merged[name] = _merge_items(old, value, source, sources, key)
+        elif isinstance(value, dict):
+            if source == COMMAND_LINE and kinds and old is not None:
+                raise UserError(f"{source}: {dotted(key)} is a single value, not a section with keys of its own")
+            merged[name] = _merge({}, value, source, sources, key, kinds=kinds)
+        else:
+            merged[name] = value
+        sources[key] = source
+    return merged
+
+
+def _merge_items(items: list[Any], layer: dict[str, Any], source: str, sources: dict[Key, str], at: Key) -> list[Any]:
+    for index in layer:
+        if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(items)):
+            items_are = f"a list with items 0 to {len(items) - 1}" if items else "an empty list"
+            raise UserError(f"{source}: {dotted((*at, index))}: {dotted(at)} is {items_are}")
+    numbered = {str(index): item for index, item in enumerate(items)}
+    changes = {str(int(index)): value for index, value in layer.items()}
+    merged = _merge(numbered, changes, source, sources, at)
+    return [merged[str(index)] for index in range(len(items))]
+
+
+def _world(layers: list[tuple[str, dict[str, Any]]], path: str) -> type[LanguageConfig] | type[ControlConfig]:
+    """Which world a config is of: told by the section that only one of them has."""
+    names = {name for _, layer in layers for name in layer}
+    if {"environment", "model"} <= names:
+        raise UserError(
+            f"{plain(path)}: both environment (a control run) and model (a language run) are given; keep one"
+        )
+    if not {"environment", "model"} & names:
+        raise UserError(
+            f"{plain(path)}: neither environment (a control run) nor model (a language run) is given; add one"
+        )
+    return ControlConfig if "environment" in names else LanguageConfig
+
+
+def _default_kinds(root: type[Config], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The layer below all files: it lets a section leave out its kind where the default is meant."""
+    advantage = "gae"
+    for _, layer in layers:
+        section = layer.get("advantage")
+        advantage = section.get("kind", advantage) if isinstance(section, dict) else advantage
+    critic = "mlp" if root is ControlConfig else "none" if advantage in GROUPED else "reference_head"
+    return {"advantage": {"kind": "gae"}, "critic": {"kind": critic}, "update": {"kind": "trpo"}}
+
+
+# ---- paths
+
+
+def _resolve(config: Config, path: str, check_files: bool) -> tuple[Config, list[tuple[Key, str]]]:
+    """The config with its folder chosen and its local paths absolute, and what is wrong with those paths."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    output = os.path.expanduser(config.output or os.path.join("runs", stem))
+    config = config.model_copy(update={"output": output})
+    if isinstance(config, ControlConfig):
+        return config, []
+    found: list[tuple[Key, str]] = []
+    changes: dict[str, dict[str, str | None]] = {"model": {}, "prompts": {}}
+    for section, name, resolve in (
+        ("model", "path", _model_path),
+        ("model", "adapter", _adapter_path),
+        ("prompts", "path", _prompts_path),
+        ("prompts", "heldout", _prompts_path),
+    ):
+        given = getattr(getattr(config, section), name)
+        if given is not None:
+            changes[section][name], problem = resolve(given)
+            found += [((section, name), problem)] if problem else []
+    sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
+    return config.model_copy(update=sections), found if check_files else []
+
+
+def _model_path(path: str) -> tuple[str, str | None]:
+    """A local folder as an absolute path, a name of ours or a hub id as it is; and what is wrong with it."""
+    local = os.path.expanduser(path)
+    if path == BUNDLED_MODEL:
+        return path, None
+    if os.path.isdir(local):
+        return os.path.abspath(local), None
+    if os.path.exists(local):
+        return path, f"expected a model's folder, got a file: {plain(path)}"
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return os.path.abspath(local), _no_such("folder", path)
+    if not _HUB_ID.fullmatch(path):
+        return path, f"expected {BUNDLED_MODEL}, a folder or a hub id, got {shown(path)}"
+    return path, None
+
+
+def _adapter_path(path: str) -> tuple[str, str | None]:
+    folder = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isdir(folder):
+        return folder, _no_such("folder", path)
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        return folder, None
+    inside = os.path.isfile(os.path.join(folder, "adapter", "adapter_config.json"))
+    hint = f"; did you mean {plain(os.path.join(path, 'adapter'))}?" if inside else ""
+    return folder, f"no adapter_config.json in {plain(path)}{hint}"
+
+
+def _prompts_path(path: str) -> tuple[str, str | None]:
+    """A local file or dataset folder as an absolute path, a hub id as it is; and what is wrong with it."""
+    local = os.path.abspath(os.path.expanduser(path))
+    if os.path.exists(local):
+        return local, None
+    problem = _no_such("file", path)
+    is_hub_id = _HUB_ID.fullmatch(path) and path[0] != "." and not os.path.splitext(path)[1]
+    if is_hub_id and "did you mean" not in problem:
+        return path, None
+    return local, problem
+
+
+def _no_such(what: str, path: str) -> str:
+    """`no such file: X`, with the nearest name in the same folder where there is one."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        names = os.listdir(os.path.expanduser(folder) or ".")
+    except (OSError, ValueError):
+        names = []
+    near = [other for other in names if name and os.path.splitext(other)[0] == name]
+    near += difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    hint = f"; did you mean {plain(os.path.join(folder, near[0]))}?" if near else ""
+    return f"no such {what}: {plain(path)}{hint}"
+
+
+def _lines(found: list[tuple[Key, str]], sources: dict[Key, str], path: str) -> str:
+    """One line a problem, each with the layer that last set the key or the section around it."""
+    lines = []
+    for key, message in found:
+        known = (sources[key[:end]] for end in range(len(key), 0, -1) if key[:end] in sources)
+        where = plain(next(known, path))
+        lines.append(f"{where}: {dotted(key)}: {message}" if key else f"{where}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""The three things that the command line does with a run: train it, evaluate it, generate from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lm_trust.errors import UserError
+from lm_trust.training.build import World, build_language_policy, build_tokenizer, build_world
+from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
+from lm_trust.training.config import Config, LanguageConfig
+from lm_trust.training.config_file import dump, load_config
+from lm_trust.training.interruption import Interruption
+from lm_trust.training.plots import learning_curve
+from lm_trust.training.progress import Progress
+from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.summary import print_summary
+from lm_trust.training.trainer import Trainer
+
+
+def train(config: Config, output: Path, resume: Path | None = None) -> int:
+    """Train to the end, or to the first Ctrl-C or SIGTERM.
+
+    Args:
+        config: validated.
+        output: the run folder.
+        resume: a run folder to go on from; its newest whole checkpoint is taken.
+
+    Returns:
+        The exit status: 0, or 130 / 143 after a signal.
+
+    Raises:
+        UserError: something that the user can mend; what was done so far is in a checkpoint.
+    """
+    console = Console()
+    # Determinism is worth more than the speed of kernels that may change from run to run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    folder = RunFolder(output)
+    world = build_world(config)
+    trainer = world.trainer
+    try:
+        if resume is not None:
+            _restore(trainer, RunFolder(resume).checkpoints)
+            folder.forget_after(trainer.iteration)
+        folder.write_config(dump(config))
+        with Interruption() as interruption:
+            if world.kind == "language" and trainer.iteration == 0:
+                console.print("Evaluating the policy before training ...", highlight=False)
+                folder.write_evaluation({"before": trainer.task.evaluate(trainer.policy, config.evaluation.count)})
+            _iterate(config, world, folder, console, interruption)
+            if interruption.signal is not None:
+                _save(config, world, folder)
+                console.print(
+                    f"{interruption.signal.name}: stopped after iteration {trainer.iteration} of {trainer.iterations}. "
+                    f"Go on with: lm-trust train --resume {folder.path}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                return interruption.exit_status
+            _finish(config, world, folder, console)
+        return 0
+    finally:
+        trainer.task.close()
+
+
+def evaluate(run: Path, count: int | None = None) -> int:
+    """Evaluate a run's policy anew and print the table; language: beside what the run noted from before training.
+
+    Raises:
+        UserError: the folder is not that of a run.
+    """
+    config = _config_of(run)
+    world = build_world(config)
+    world.load_policy(run)
+    trainer = world.trainer
+    record = RunFolder(run).evaluation()
+    sides = {"before": record["before"]} if "before" in record else {}
+    sides["after"] = trainer.task.evaluate(trainer.policy, count or config.evaluation.count)
+    print_summary(sides, Console(), world=world.kind)
+    trainer.task.close()
+    return 0
+
+
+def generate(
+    run: Path,
+    prompt: str,
+    count: int = 1,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+    reference: bool = False,
+) -> int:
+    """Print completions of a prompt by a run's policy, or by its frozen reference.
+
+    Raises:
+        UserError: the folder is not that of a language run, or the prompt does not fit the model.
+    """
+    from contextlib import nullcontext
+
+    from lm_trust.core.seeding import make_generator
+    from lm_trust.lm.generation import decode, eos_ids, sample_completions
+    from lm_trust.lm.loading import load_trained
+    from lm_trust.lm.prompts import Prompts, encode
+
+    # Only the model is needed: the prompts and the reward may have moved since.
+    config = _config_of(run, check_files=False)
+    if not isinstance(config, LanguageConfig):
+        raise UserError(f"{run}: this is a control run; `generate` is for language runs")
+    if not prompt:
+        raise UserError("prompt: it is empty; give at least one character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no text
+        raise UserError("prompt: it is not text in UTF-8") from None
+    limit = max_new_tokens or config.rollout.max_new_tokens
+    tokenizer, context = build_tokenizer(config)
+    ids = encode(tokenizer, Prompts([prompt], {}, "prompt", "row", [1]), context=context, max_new_tokens=limit)
+    policy = build_language_policy(config)
+    load_trained(policy, run / "adapter")
+    with policy.as_reference() if reference else nullcontext():
+        completions = sample_completions(
+            policy,
+            ids * count,
+            max_new_tokens=limit,
+            eos_ids=eos_ids(tokenizer, policy),
+            pad_id=tokenizer.pad_token_id,
+            generator=make_generator(config.seed if seed is None else seed, "generate"),
+        )
+    for text in decode(tokenizer, completions):
+        print(prompt + text)
+    return 0
+
+
+def _config_of(run: Path, *, check_files: bool = True) -> Config:
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run folder (it has no config.yaml)")
+    return load_config(run / "config.yaml", check_files=check_files)
+
+
+def _restore(trainer: Trainer, checkpoints: Path) -> None:
+    state = load_checkpoint(checkpoints)
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--resume: {checkpoints} is of another model or configuration ({reason})") from error
+
+
+def _iterate(config: Config, world: World, folder: RunFolder, console: Console, interruption: Interruption) -> None:
+    trainer = world.trainer
+    with Progress(
+        trainer.iterations,
+        bounds=world.step_kl_bound,
+        world=world.kind,
+        console=console,
+        completed=trainer.iteration,
+    ) as progress:
+        while trainer.iteration < trainer.iterations and interruption.signal is None:
+            try:
+                metrics = trainer.iterate()
+            except Exception as error:
+                if trainer.collecting:
+                    _save(config, world, folder)
+                    if isinstance(error, UserError):
+                        raise _with_checkpoint(error, f"iteration {trainer.iteration + 1}") from error
+                raise
+            folder.append_metrics(metrics)
+            progress.update(metrics)
+            if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
+                try:
+                    record = trainer.task.evaluate(trainer.policy, config.evaluation.count)
+                except UserError as error:
+                    _save(config, world, folder)
+                    raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
+                folder.append_evaluation(_evaluation_line(trainer.iteration, trainer.task.steps, record))
+            if _due(config.checkpoint.every, trainer.iteration, trainer.iterations):
+                _save(config, world, folder)
+
+
+def _with_checkpoint(error: UserError, when: str) -> UserError:
+    return UserError(f"{error} ({when}; a checkpoint was written)")
+
+
+def _finish(config: Config, world: World, folder: RunFolder, console: Console) -> None:
+    """Save the policy, evaluate it held out, draw the learning curve, print the table."""
+    trainer = world.trainer
+    _save(config, world, folder)
+    after = trainer.task.evaluate(trainer.policy, config.evaluation.count)
+    folder.write_evaluation(folder.evaluation() | {"after": after})
+    evaluations = [line for line in folder.evaluations() if line["iteration"] < trainer.iteration] + [
+        _evaluation_line(trainer.iteration, trainer.task.steps, after)
+    ]
+    before = folder.evaluation().get("before")
+    if before is not None:
+        evaluations.insert(0, _evaluation_line(0, 0, before))
+    with folder.writing(folder.learning_curve.name):
+        learning_curve(
+            folder.metrics(),
+            folder.learning_curve,
+            step_kl_bound=world.step_kl_bound,
+            title=folder.path.name,
+            reward_label="reward" if world.kind == "language" else "episode return",
+            evaluations=evaluations,
+        )
+    print_summary(folder.evaluation(), console, world=world.kind)
+    console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
+
+
+def _save(config: Config, world: World, folder: RunFolder) -> None:
+    trainer = world.trainer
+    save_checkpoint(
+        folder.checkpoints,
+        trainer.state_dict(),
+        iteration=trainer.iteration,
+        keep_last=config.checkpoint.keep_last,
+    )
+    with folder.writing("adapter" if world.kind == "language" else "policy.safetensors"):
+        world.save_policy(folder.path)
+
+
+def _due(every: int, iteration: int, iterations: int) -> bool:
+    """The end has its own evaluation and checkpoint."""
+    return bool(every) and iteration % every == 0 and iteration < iterations
+
+
+def _evaluation_line(iteration: int, steps: int, record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "steps": steps,
+        **{key: value for key, value in record.items() if key != "samples"},
+    }

@@ -1,0 +1,124 @@
+"""A run's folder: what is written where, and how it is read back.
+
+config.yaml (resolved), metrics.jsonl (a line an iteration), evaluations.jsonl (a line a periodic evaluation),
+evaluation.json (held out, before and after), learning_curve.png, checkpoints/, and the trained policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lm_trust.errors import UserError
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made where it does not exist.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output: {path} cannot be made ({error.strerror}); choose another --output") from error
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def learning_curve(self) -> Path:
+        return self.path / "learning_curve.png"
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Within the context a file or folder of that name is written; a disk that fails is a UserError."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"output: {self.path / name} could not be written ({error}); the checkpoints so far are intact"
+            ) from error
+
+    def write_config(self, text: str) -> None:
+        """The resolved configuration."""
+        self._replace("config.yaml", text)
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; numbers that are not finite become null."""
+        self._append("metrics.jsonl", metrics)
+
+    def append_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """One line of evaluations.jsonl."""
+        self._append("evaluations.jsonl", evaluation)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return self._lines("metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All lines of evaluations.jsonl."""
+        return self._lines("evaluations.jsonl")
+
+    def forget_after(self, iteration: int) -> None:
+        """Drop the lines of iterations that a resumed run will do again."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            kept = [line for line in self._lines(name) if line["iteration"] <= iteration]
+            if (self.path / name).exists():
+                self._replace(name, "".join(_line(line) for line in kept))
+
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json, empty where there is none yet."""
+        path = self.path / "evaluation.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """evaluation.json, whole or not at all."""
+        self._replace("evaluation.json", json.dumps(_finite(evaluation), indent=2) + "\n")
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with self.writing(name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The file's records; a last line that a kill left unfinished is not one."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+        return records
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        with self.writing(name):
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / name)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,185 @@
+"""The one training loop of both worlds.
+
+An iteration is: collect, score, value, estimate, update, fit. Which world it is shows nowhere here: a task collects
+rollouts, a policy has distributions, and the update rule moves it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lm_trust.core.advantages import masked_mean
+from lm_trust.core.batch import Batch, Rollout
+from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.parameters import trainable_parameters
+from lm_trust.core.trust_region import StepReport
+from lm_trust.training.critic import Critic
+from lm_trust.training.estimation import AdvantageConfig, estimate_advantages
+
+
+class Task(Protocol):
+    """A world as the Trainer sees it."""
+
+    steps: int
+
+    def collect(self, policy: nn.Module) -> Rollout: ...
+
+    def after_update(self, policy: nn.Module, rollout: Rollout) -> None: ...
+
+    def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class UpdateRule(Protocol):
+    """A way to move the policy."""
+
+    def step(self, policy: nn.Module, batch: Batch) -> StepReport: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Everything that one iteration needs, and its state.
+
+    Args:
+        policy: a module with `distribution(observations)`.
+        task: collects and evaluates.
+        critic: values and fits.
+        update: moves the policy.
+        advantage: the estimator's configuration.
+        iterations: how many there will be, for schedules.
+        reference_penalty: coefficient of log(policy / reference), a token's k1, taken off its reward.
+    """
+
+    policy: nn.Module
+    task: Task
+    critic: Critic
+    update: UpdateRule
+    advantage: AdvantageConfig
+    iterations: int
+    reference_penalty: float = 0.0
+    iteration: int = 0
+    _task_before_collect: dict[str, Any] | None = field(default=None, init=False, repr=False)
+
+    def iterate(self) -> dict[str, Any]:
+        """One iteration; returns its line of metrics."""
+        started = time.perf_counter()
+        steps_before = self.task.steps
+        rollout = self._collect()
+        with torch.no_grad():
+            old = self.policy.distribution(rollout.observations).detach()
+            old_log_prob, metrics, rewards = self._score(rollout, old)
+        collected = time.perf_counter()
+
+        values, next_values = self.critic.values(rollout)
+        advantages, returns = estimate_advantages(self.advantage, rollout, rewards, values, next_values)
+        batch = _batch(rollout, old, old_log_prob, advantages, progress=self.iteration / self.iterations)
+        report = self.update.step(self.policy, batch)
+        fitted = self.critic.fit(rollout, returns, values)
+        self.task.after_update(self.policy, rollout)
+        self.iteration += 1
+        ended = time.perf_counter()
+        return {
+            "iteration": self.iteration,
+            "steps": self.task.steps,
+            **rollout.metrics,
+            **metrics,
+            **report.as_metrics(),
+            **fitted,
+            "rollout_seconds": collected - started,
+            "update_seconds": ended - collected,
+            "iteration_seconds": ended - started,
+            "steps_per_second": (self.task.steps - steps_before) / (ended - started),
+        }
+
+    @property
+    def collecting(self) -> bool:
+        """True after a `collect` that failed: policy and critic are untouched, and `state_dict` is from before it."""
+        return self._task_before_collect is not None
+
+    def _collect(self) -> Rollout:
+        self._task_before_collect = self.task.state_dict()
+        rollout = self.task.collect(self.policy)
+        self._task_before_collect = None
+        return rollout
+
+    def _score(self, rollout: Rollout, old: Distribution) -> tuple[Tensor, dict[str, float], Tensor]:
+        """Old log-probabilities (B, T), the batch's entropy and reference KL, and rewards less the penalty (B, T)."""
+        reference = [] if rollout.reference is None else [rollout.reference]
+        log_prob, entropy, *rest = per_step(_scores, [old, *reference], rollout.actions)
+        metrics = {"entropy": masked_mean(entropy, rollout.mask).item()}
+        rewards = rollout.rewards
+        if rest:
+            reference_log_prob, kl = rest
+            metrics["reference_kl"] = torch.where(rollout.mask, kl, 0.0).sum(-1).mean().item()
+            if self.reference_penalty:
+                log_ratio = torch.where(rollout.mask, log_prob - reference_log_prob, 0.0)
+                rewards = rewards - self.reference_penalty * log_ratio
+        return log_prob, metrics, rewards
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next iterations depend on. Of the policy, its trainable parameters and its buffers."""
+        parameters = trainable_parameters(self.policy)
+        return {
+            "iteration": self.iteration,
+            "policy": [parameter.detach().clone() for parameter in parameters],
+            "buffers": _buffers(self.policy),
+            "task": self.task.state_dict() if self._task_before_collect is None else self._task_before_collect,
+            "critic": self.critic.state_dict(),
+            "update": self.update.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.iteration = state["iteration"]
+        for parameter, saved in zip(trainable_parameters(self.policy), state["policy"], strict=True):
+            parameter.copy_(saved)
+        for name, buffer in self.policy.named_buffers():
+            if name in state["buffers"]:
+                buffer.copy_(state["buffers"][name])
+        self.critic.load_state_dict(state["critic"])
+        self.update.load_state_dict(state["update"])
+        self.task.load_state_dict(state["task"])
+
+
+def _scores(old: Distribution, *given: Any) -> tuple[Tensor, ...]:
+    *reference, actions = given
+    scores = (old.log_prob(actions), old.entropy())
+    for other in reference:
+        scores += (other.log_prob(actions), old.kl(other))
+    return scores
+
+
+def _batch(rollout: Rollout, old: Distribution, old_log_prob: Tensor, advantages: Tensor, *, progress: float) -> Batch:
+    """What the update sees: whole sequences as rows, or single steps where rows need not stay together."""
+    batch = Batch(
+        observations=rollout.observations,
+        actions=rollout.actions,
+        old=old,
+        old_log_prob=old_log_prob,
+        advantages=advantages,
+        mask=rollout.mask,
+        reference=rollout.reference,
+        progress=progress,
+    )
+    return batch if rollout.whole_sequences else batch.flattened()
+
+
+def _buffers(policy: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers only: a transformer's rotary tables are made anew with the model."""
+    persistent = policy.state_dict(keep_vars=True)
+    return {name: buffer.clone() for name, buffer in policy.named_buffers() if name in persistent}

@@ -1,0 +1,585 @@
+"""Configs: what is accepted, what is resolved, and that every problem is one line with its key."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lm_trust.errors import UserError
+from lm_trust.training.config import BUILTIN_REWARDS, ControlConfig, LanguageConfig
+from lm_trust.training.config_errors import keys_of, variants
+from lm_trust.training.config_file import dump, load_config
+from lm_trust.training.config_help import key_listing
+from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
+
+LANGUAGE = """\
+iterations: 3
+model: {path: gpt2}
+prompts: {path: prompts.jsonl}
+rewards: [{name: vader}]
+"""
+CONTROL = """\
+total_steps: 1000
+environment: {id: CartPole-v1}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The film"}\n')
+    (tmp_path / "lm.yaml").write_text(LANGUAGE)
+    (tmp_path / "control.yaml").write_text(CONTROL)
+    return tmp_path
+
+
+def write(name, text):
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text)
+    return name
+
+
+def lm(**overrides):
+    """The language config with overrides; `update__max_kl` stands for update.max_kl."""
+    return load_config("lm.yaml", [(key.replace("__", "."), value) for key, value in overrides.items()])
+
+
+def control(**overrides):
+    return load_config("control.yaml", [(key.replace("__", "."), value) for key, value in overrides.items()])
+
+
+def problems(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_config(path, list(overrides))
+    return str(caught.value).splitlines()
+
+
+# ---- worlds and defaults
+
+
+def test_the_section_present_tells_the_world(folder):
+    assert isinstance(lm(), LanguageConfig)
+    assert isinstance(control(), ControlConfig)
+    assert problems(write("both.yaml", LANGUAGE + CONTROL)) == [
+        "both.yaml: both environment (a control run) and model (a language run) are given; keep one"
+    ]
+    assert problems(write("neither.yaml", "seed: 1\n")) == [
+        "neither.yaml: neither environment (a control run) nor model (a language run) is given; add one"
+    ]
+
+
+def test_defaults_are_the_documented_ones(folder):
+    config = lm()
+    assert (config.seed, config.output, config.iterations) == (0, "runs/lm", 3)
+    assert (config.rollout.batch_size, config.rollout.max_new_tokens, config.rollout.at_limit) == (
+        64,
+        20,
+        "terminate",
+    )
+    assert (config.update.kind, config.update.max_kl, config.update.damping) == ("trpo", 0.01, 0.1)
+    assert (config.advantage.kind, config.advantage.gamma, config.advantage.lam) == ("gae", 0.99, 0.95)
+    assert (config.critic.kind, config.evaluation.count) == ("reference_head", 64)
+    config = control()
+    assert (config.critic.kind, config.critic.hidden, config.evaluation.count) == ("mlp", [64, 64], 20)
+    assert (config.environment.count, config.rollout.steps) == (8, 256)
+
+
+def test_estimators_that_compare_completions_have_no_critic_by_default(folder):
+    assert lm(advantage__kind="leave_one_out", rollout__samples_per_prompt="4").critic.kind == "none"
+    built = LanguageConfig(
+        iterations=1,
+        model={"path": "gpt2"},
+        prompts={"path": "p"},
+        rewards=[{"name": "vader"}],
+        rollout={"samples_per_prompt": 2},
+        advantage={"kind": "group_relative"},
+    )
+    assert built.critic.kind == "none"
+
+
+def test_sections_are_frozen(folder):
+    with pytest.raises(ValidationError):
+        lm().update.max_kl = 1.0
+
+
+def fields_of(model):
+    for name, field in model.model_fields.items():
+        sections = variants(field.annotation).values()
+        for section in sections:
+            yield from fields_of(section)
+        if not sections and name != "kind":
+            yield name, field
+
+
+@pytest.mark.parametrize("root", [LanguageConfig, ControlConfig])
+def test_every_key_is_listed_with_its_meaning(root):
+    listing = key_listing(root).splitlines()
+    assert max(map(len, listing)) < 80
+    listed = [line.split()[0] for line in listing if line.strip()]
+    for name, field in fields_of(root):
+        assert field.description, name
+        assert name in listed
+    assert "  hidden             [64, 64]     widths of the hidden layers" in key_listing(ControlConfig)
+
+
+def test_names_agree_with_the_modules_that_they_name():
+    from lm_trust.core.fisher import METHODS
+    from lm_trust.core.trust_region import trust_region_step
+    from lm_trust.lm.loading import SMOLLM2
+    from lm_trust.lm.rewards import BUILT_IN
+    from lm_trust.training.config import Trpo
+    from lm_trust.training.config_file import BUNDLED_MODEL
+
+    assert tuple(BUILT_IN) == BUILTIN_REWARDS
+    assert SMOLLM2 == BUNDLED_MODEL
+    methods = Trpo.model_fields["fisher_method"].annotation.__args__
+    assert set(methods) == {"auto", *METHODS}
+    parameters = inspect.signature(trust_region_step).parameters
+    for name, field in Trpo.model_fields.items():
+        if name != "kind":
+            assert parameters[name].default == field.default, name
+
+
+# ---- files
+
+
+def test_dump_loads_back_equal(folder):
+    for config in (
+        lm(update__kind="ppo_clip", update__learning_rate="1e-5", prompts__field="'1e-3'", output="'010'"),
+        lm(model__lora__targets="['2001-01-01', 'yes', '<<', q_proj]", prompts__field='"é\\n# x"'),
+        control(policy__hidden="[]", total_steps="1e6"),
+    ):
+        assert load_config(write("config.yaml", dump(config))) == config
+
+
+def test_dump_of_control_reads_like_a_config(folder):
+    text = dump(control())
+    assert yaml.safe_load(text)["policy"] == {"hidden": [64, 64], "activation": "tanh", "log_std": 0.0}
+    assert "hidden: [64, 64]" in text
+    assert text.startswith("seed: 0\noutput: runs/control\ntotal_steps: 1000\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1E3", 1000.0),
+        ("-.5", -0.5),
+        ("1_000", 1000),
+        ("010", 10),
+        ("1:30", "1:30"),
+        ("2001-01-01", "2001-01-01"),
+        ("2001-99-99", "2001-99-99"),
+        ("=", "="),
+        ("true", True),
+        ("", None),
+        ("~", None),
+        ("a.b:c", "a.b:c"),
+    ],
+)
+def test_scalars_mean_what_they_look_like(text, value):
+    read = read_yaml(text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text()
+        | st.from_regex(r"[-+.0-9e_]{1,8}"),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_written_yaml_reads_back_equal(value):
+    assert read_yaml(write_yaml(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: duplicate key a"),
+        ("update: {max_kl: 1, max_kl: 2}\n", "line 1: duplicate key max_kl"),
+        ("a: [1\n", "line 2: "),
+        ("1: a\n", "line 1: a key must be a name"),
+        ("? [a]\n: b\n", "line 1: a key must be a name"),
+        ("a: !!python/object:os.system x\n", "line 1: tags"),
+        ("a: &x [*x]\n", "line 1: aliases"),
+        ("a: \x07\n", "a character that YAML does not allow"),
+        ("a: " + "[" * 1500, "nested too deeply"),
+        ("a: " + "9" * 5000, "line 1: a number with too many digits"),
+        ("a: 1\n---\nb: 2\n", "line 2: "),
+    ],
+)
+def test_bad_yaml_is_one_line_with_its_place(folder, text, words):
+    with pytest.raises(YamlTextError):
+        read_yaml(text)
+    (line,) = problems(write("bad.yaml", text))
+    assert line.startswith("bad.yaml: ")
+    assert words in line
+
+
+def test_files_that_cannot_be_configs(folder):
+    assert problems("lmm.yaml") == ["no such file: lmm.yaml; did you mean lm.yaml?"]
+    assert problems(str(folder)) == [f"{folder}: this is a folder; give a YAML file"]
+    assert problems(write("empty.yaml", "# nothing\n")) == ["empty.yaml: the file is empty"]
+    assert problems(write("list.yaml", "- 1\n")) == ["list.yaml: expected `key: value` lines, got a list"]
+    (folder / "latin.yaml").write_bytes(b"a: \xff\n")
+    assert problems("latin.yaml") == ["latin.yaml: not a text file in UTF-8"]
+
+
+# ---- extends
+
+
+def test_extends_merges_sections_and_replaces_the_rest(folder):
+    os.mkdir("sub")
+    write("base.yaml", LANGUAGE + "update: {max_kl: 0.02, damping: 0.3}\nrollout: {batch_size: 8}\n")
+    write(
+        "sub/child.yaml",
+        "extends: ../base.yaml\nupdate: {damping: 0.5}\ncritic: {hidden: [9]}\nrewards: [{name: a.b:c, weight: 2}]\n",
+    )
+    config = load_config("sub/child.yaml")
+    assert (config.update.max_kl, config.update.damping) == (0.02, 0.5)
+    assert [(reward.name, reward.weight) for reward in config.rewards] == [("a.b:c", 2.0)]
+    assert config.critic.hidden == [9]
+    assert config.rollout.batch_size == 8
+    assert config.output == "runs/child"
+
+
+def test_another_kind_replaces_a_section_whole(folder):
+    write("base.yaml", LANGUAGE + "update: {max_kl: 0.02}\n")
+    config = load_config(write("ppo.yaml", "extends: base.yaml\nupdate: {kind: ppo_clip, clip: 0.1}\n"))
+    assert (config.update.kind, config.update.clip) == ("ppo_clip", 0.1)
+    same = load_config(write("same.yaml", "extends: base.yaml\nupdate: {kind: trpo, damping: 0.2}\n"))
+    assert (same.update.max_kl, same.update.damping) == (0.02, 0.2)
+    config = load_config("ppo.yaml", [("update.kind", "trpo")])
+    assert config.update.max_kl == 0.01
+
+
+def test_extends_names_what_is_wrong_in_the_file_where_it_is(folder):
+    write("base.yaml", LANGUAGE + "update: {max_kl: 0}\n")
+    write("child.yaml", "extends: base.yaml\nupdate: {dampng: 1}\n")
+    assert problems("child.yaml") == [
+        "base.yaml: update.max_kl: must be greater than 0, got 0",
+        "child.yaml: update.dampng: unknown key; did you mean update.damping?",
+    ]
+    assert problems(write("lost.yaml", "extends: bse.yaml\n")) == [
+        "lost.yaml: extends: no such file: bse.yaml; did you mean base.yaml?"
+    ]
+    assert problems(write("odd.yaml", "extends: [a]\n")) == [
+        "odd.yaml: extends: expected the name of a file, got a list"
+    ]
+
+
+def test_extends_in_a_circle(folder):
+    write("a.yaml", "extends: b.yaml\n")
+    write("b.yaml", "extends: a.yaml\n")
+    (line,) = problems("a.yaml")
+    assert "circle" in line
+    (line,) = problems(write("self.yaml", "extends: ./self.yaml\n"))
+    assert "circle" in line
+
+
+# ---- overrides
+
+
+def test_overrides_reach_sections_lists_and_negative_numbers(folder):
+    config = lm(update__max_kl="2e-2", rewards__0__weight="-2", seed="7", model__lora__targets="[q_proj]")
+    assert (config.update.max_kl, config.rewards[0].weight, config.seed) == (0.02, -2.0, 7)
+    assert config.rewards[0].name == "vader"
+    assert config.model.lora.targets == ["q_proj"]
+    assert control(policy__log_std="-0.5").policy.log_std == -0.5
+    assert control(policy__hidden="[8]", update="{max_kl: 0.5}").update.max_kl == 0.5
+    assert lm(critic__clip="null").critic.clip is None
+
+
+def test_the_order_of_overrides_matters_only_for_one_key(folder):
+    for order in (1, -1):
+        pairs = [("update.clip", "0.1"), ("update.kind", "ppo_clip")][::order]
+        assert load_config("lm.yaml", pairs).update.clip == 0.1
+    assert load_config("lm.yaml", [("seed", "1"), ("seed", "2")]).seed == 2
+    assert load_config("lm.yaml", [("update.kind", "ppo_clip"), ("update.kind", "trpo")]).update.kind == "trpo"
+    listed = [("rewards", "[{name: a:b}, {name: vader}]"), ("rewards.1.weight", "3")]
+    assert load_config("lm.yaml", listed).rewards[1].weight == 3.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("update.max_kll", "1", "update.max_kll: unknown key; did you mean update.max_kl?"),
+        ("max_kl", "1", "max_kl: unknown key; did you mean update.max_kl?"),
+        ("policy.hidden", "[1]", "policy: unknown key here; it belongs to control runs"),
+        ("rollout.steps", "1", "rollout.steps: unknown key here; it belongs to control runs"),
+        ("rewards.0.wieght", "1", "rewards.0.wieght: unknown key; did you mean rewards.0.weight?"),
+        (
+            "model.lora.dropout",
+            "0.1",
+            "model.lora.dropout: unknown key; the keys of model.lora are r, alpha, targets",
+        ),
+        ("evaluation.x\ny", "1", "evaluation.'x\\ny': unknown key; the keys of evaluation are every, count"),
+        ("update.max_kl", "0", "update.max_kl: must be greater than 0, got 0"),
+        ("update.max_kl", "big", "update.max_kl: expected a number, got 'big' (text)"),
+        ("update.max_kl", "true", "update.max_kl: expected a number, got true"),
+        ("update.max_kl", ".nan", "update.max_kl: expected a finite number, got nan"),
+        ("update.max_kl", ".inf", "update.max_kl: expected a finite number, got inf"),
+        ("update.fisher_fraction", "1.5", "update.fisher_fraction: must be at most 1, got 1.5"),
+        ("update.backtrack_ratio", "1", "update.backtrack_ratio: must be less than 1, got 1"),
+        ("iterations", "2.5", "iterations: expected a whole number, got 2.5"),
+        ("iterations", "true", "iterations: expected a whole number, got true"),
+        ("iterations", "-3", "iterations: must be greater than 0, got -3"),
+        ("evaluation.count", "0", "evaluation.count: must be greater than 0, got 0"),
+        ("seed", "-1", "seed: must be at least 0, got -1"),
+        ("rollout.temperature", "0", "rollout.temperature: must be greater than 0, got 0"),
+        ("model.trust_remote_code", "1", "model.trust_remote_code: expected true or false, got 1"),
+        ("model.lora", "3", "model.lora: expected a section with keys of its own, got 3"),
+        ("model.path", "3", "model.path: expected text, got 3"),
+        ("model.path", "''", "model.path: must not be empty"),
+        ("rewards", "[]", "rewards: must not be empty"),
+        ("rewards", "vader", "rewards: expected a list, got 'vader' (text)"),
+        ("rewards.1.weight", "1", "rewards.1: rewards is a list with items 0 to 0"),
+        ("rewards.x", "1", "rewards.x: rewards is a list with items 0 to 0"),
+        ("seed.x", "1", "seed: expected a whole number, got a section"),
+        ("update.kind.x", "1", "update.kind is a single value, not a section with keys of its own"),
+        (
+            "update.kind",
+            "tpro",
+            "update.kind: unknown kind 'tpro'; one of trpo, ppo_clip; did you mean trpo?",
+        ),
+        ("update.kind", "null", "update.kind: required but not given: one of trpo, ppo_clip"),
+        ("critic.kind", "mlp", "critic.kind: mlp is for control runs; here: reference_head, none"),
+        (
+            "update.clip",
+            "0.2",
+            "update.clip: unknown key of kind trpo; its keys are max_kl, damping, cg_iterations, "
+            "fisher_fraction, fisher_method, backtrack_ratio, max_backtracks, accept_ratio",
+        ),
+        (
+            "rollout.at_limit",
+            "boostrap",
+            "rollout.at_limit: must be one of terminate, bootstrap, penalise, got 'boostrap'; did you mean bootstrap?",
+        ),
+        (
+            "rewards.0.name",
+            "vadr",
+            "rewards.0.name: unknown reward 'vadr'; give vader or a function as package.module:function",
+        ),
+        (
+            "reference.budget",
+            "3.0",
+            "reference.budget: a hard bound is not available yet; use reference.penalty or reference.loss",
+        ),
+        ("extends", "a.yaml", "extends: only a config file can extend another"),
+        ("update..max_kl", "1", "--update..max_kl: expected a key such as --update.max_kl"),
+        ("update.max_kl", "[1", "update.max_kl: '[1' is not valid YAML: line 1: "),
+        ("iterations", "null", "iterations: expected a whole number, got null"),
+    ],
+)
+def test_each_mistake_is_one_line(folder, key, value, line):
+    (found,) = problems("lm.yaml", (key, value))
+    assert found.startswith(f"command line: {line}")
+    assert found == f"command line: {line}" or line.endswith(": ")
+
+
+def test_all_problems_come_at_once_each_from_its_place(folder):
+    write("bad.yaml", "iterations: no\nmodel: {}\nrewards: [{name: vader}, {weight: x}]\nupdate: {max_kl: -1}\n")
+    assert problems("bad.yaml", ("update.dampin", "1")) == [
+        "bad.yaml: iterations: expected a whole number, got false",
+        "bad.yaml: model.path: required but not given: smollm2-135m, a local folder, or a hub id",
+        "bad.yaml: prompts: required but not given",
+        "bad.yaml: rewards.1.name: required but not given: vader, or a function as package.module:function",
+        "bad.yaml: rewards.1.weight: expected a number, got 'x' (text)",
+        "bad.yaml: update.max_kl: must be greater than 0, got -1",
+        "command line: update.dampin: unknown key; did you mean update.damping?",
+    ]
+
+
+# ---- settings that do not go together
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            {"update.kind": "ppo_clip", "update.minibatches": "3"},
+            "update.minibatches: must divide rollout.batch_size (64), got 3",
+        ),
+        ({"critic.minibatches": "3"}, "critic.minibatches: must divide rollout.batch_size (64), got 3"),
+        (
+            {"rollout.samples_per_prompt": "3"},
+            "rollout.batch_size: must be divisible by rollout.samples_per_prompt (3), got 64",
+        ),
+        (
+            {"advantage.kind": "leave_one_out"},
+            "rollout.samples_per_prompt: must be at least 2 with advantage.kind leave_one_out, got 1",
+        ),
+        (
+            {
+                "advantage.kind": "group_relative",
+                "critic.kind": "reference_head",
+                "rollout.samples_per_prompt": "4",
+            },
+            "critic.kind: must be none with advantage.kind group_relative, got reference_head",
+        ),
+        ({"critic.kind": "none"}, "critic.kind: advantage.kind gae needs a critic, got none"),
+        (
+            {"advantage.kind": "returns_to_go", "rollout.at_limit": "bootstrap"},
+            "rollout.at_limit: bootstrap needs advantage.kind gae, which values states, got returns_to_go",
+        ),
+        (
+            {"rollout.at_limit": "penalise"},
+            "rollout.limit_penalty: must be greater than 0 with rollout.at_limit penalise",
+        ),
+        (
+            {"rollout.limit_penalty": "1"},
+            "rollout.limit_penalty: has no effect with rollout.at_limit terminate; use penalise",
+        ),
+    ],
+)
+def test_language_settings_must_go_together(folder, overrides, line):
+    (found,) = problems("lm.yaml", *overrides.items())
+    assert found.partition(": ")[2] == line
+
+
+def test_control_settings_must_go_together(folder):
+    given = [("update.kind", "ppo_clip"), ("update.minibatches", "7"), ("environment.count", "2")]
+    given += [("rollout.steps", "9"), ("critic.minibatches", "9")]
+    assert [line.partition(": ")[2] for line in problems("control.yaml", *given)] == [
+        "update.minibatches: must divide environment.count * rollout.steps (18), got 7"
+    ]
+    (line,) = problems("control.yaml", ("advantage.kind", "group_relative"))
+    assert line == "command line: advantage.kind: group_relative is for language runs; here: gae, returns_to_go"
+    (line,) = problems("control.yaml", ("critic.kind", "none"))
+    assert line.endswith("critic.kind: advantage.kind gae needs a critic, got none")
+    assert control(critic__kind="none", advantage__kind="returns_to_go").critic.kind == "none"
+
+
+def test_models_built_in_python_are_checked_too():
+    with pytest.raises(ValidationError, match=r"critic\.minibatches: must divide"):
+        ControlConfig(total_steps=1, environment={"id": "X", "count": 1}, rollout={"steps": 3})
+
+
+# ---- paths
+
+
+def test_local_paths_become_absolute_and_names_stay(folder):
+    os.makedirs("base/model")
+    os.mkdir("adapter")
+    write("adapter/adapter_config.json", "{}")
+    config = lm(model__path="base/model", model__adapter="adapter", prompts__heldout="./prompts.jsonl", output="'~/x'")
+    assert config.model.path == str(folder / "base" / "model")
+    assert config.model.adapter == str(folder / "adapter")
+    assert config.prompts.path == config.prompts.heldout == str(folder / "prompts.jsonl")
+    assert config.output == os.path.expanduser("~/x")
+    for name in ("smollm2-135m", "gpt2", "openai-community/gpt2"):
+        assert lm(model__path=name).model.path == name
+    assert lm(prompts__path="stanfordnlp/imdb").prompts.path == "stanfordnlp/imdb"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("prompts.path", "none.jsonl", "prompts.path: no such file: none.jsonl"),
+        (
+            "prompts.path",
+            "promts.jsonl",
+            "prompts.path: no such file: promts.jsonl; did you mean prompts.jsonl?",
+        ),
+        ("prompts.path", "prompts", "prompts.path: no such file: prompts; did you mean prompts.jsonl?"),
+        ("prompts.path", '"a\\0b.jsonl"', "prompts.path: no such file: 'a\\x00b.jsonl'"),
+        ("prompts.heldout", "/none.csv", "prompts.heldout: no such file: /none.csv"),
+        ("prompts.heldout", "~nobody-here/x.csv", "prompts.heldout: no such file: ~nobody-here/x.csv"),
+        ("prompts.path", "x" * 5000 + ".csv", f"prompts.path: no such file: {'x' * 5000}.csv"),
+        ("model.path", "./none", "model.path: no such folder: ./none"),
+        ("model.path", "a/b/c", "model.path: no such folder: a/b/c"),
+        ("model.path", "~/none/at/all", "model.path: no such folder: ~/none/at/all"),
+        ("model.path", "prompts.jsonl", "model.path: expected a model's folder, got a file: prompts.jsonl"),
+        ("model.path", "my model", "model.path: expected smollm2-135m, a folder or a hub id, got 'my model'"),
+        ("model.adapter", "none", "model.adapter: no such folder: none"),
+        ("model.adapter", "run", "model.adapter: no adapter_config.json in run; did you mean run/adapter?"),
+    ],
+)
+def test_missing_files_are_told_before_anything_loads(folder, key, value, line):
+    os.makedirs("run/adapter")
+    write("run/adapter/adapter_config.json", "{}")
+    assert problems("lm.yaml", (key, value)) == [f"command line: {line}"]
+
+
+def test_a_finished_run_can_be_read_without_its_prompts(folder):
+    os.remove("prompts.jsonl")
+    assert problems("lm.yaml") == ["lm.yaml: prompts.path: no such file: prompts.jsonl"]
+    assert load_config("lm.yaml", check_files=False).prompts.path == str(folder / "prompts.jsonl")
+
+
+# ---- anything at all
+
+KEYS = sorted({".".join(key) for root in (LanguageConfig, ControlConfig) for key in keys_of(root)})
+VALUES = st.text(max_size=20) | st.sampled_from(
+    [
+        "-1",
+        "0",
+        "1",
+        "0.5",
+        "1e400",
+        "[]",
+        "{}",
+        "null",
+        "true",
+        "[1, 2]",
+        "{kind: ppo_clip}",
+        "{kind: [x]}",
+        "-",
+        "--x",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["lm.yaml", "control.yaml"]),
+    overrides=st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), max_size=4),
+)
+def test_overrides_never_raise_anything_but_plain_lines(folder, name, overrides):
+    try:
+        config = load_config(name, overrides)
+    except UserError as error:
+        lines = str(error).splitlines()
+        assert lines
+        for line in lines:
+            assert line.startswith(("command line: ", name))
+            assert "pydantic" not in line
+            assert "http" not in line
+    else:
+        assert load_config(write("again.yaml", dump(config))) == config
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=60) | st.binary(max_size=30))
+def test_files_never_raise_anything_but_plain_lines(folder, content):
+    data = content if isinstance(content, bytes) else (CONTROL + content).encode("utf-8", "surrogatepass")
+    (folder / "any.yaml").write_bytes(data)
+    try:
+        load_config("any.yaml")
+    except UserError as error:
+        assert str(error)
+
+
+def test_validating_a_config_loads_nothing_heavy(folder):
+    code = (
+        "import sys; from lm_trust.training.config_file import load_config; load_config('lm.yaml');"
+        "print([name for name in ('torch', 'transformers', 'gymnasium', 'numpy') if name in sys.modules])"
+    )
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -1,0 +1,123 @@
+"""Advantages by each estimator against loops written out, and the critic that they are fitted with."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lm_trust.core.batch import Rollout
+from lm_trust.training.config import Gae, GroupRelative, LeaveOneOut, ReturnsToGo
+from lm_trust.training.critic import NoCritic, ValueCritic
+from lm_trust.training.estimation import estimate_advantages
+
+B, T = 4, 5
+
+
+@pytest.fixture
+def rollout():
+    """Sequences of unequal lengths, each paid on its last token; pairs of rows share a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([5, 2, 3, 1])
+    mask = torch.arange(T) < lengths.unsqueeze(-1)
+    last = torch.arange(T) == (lengths - 1).unsqueeze(-1)
+    rewards = torch.where(last, torch.randn(B, 1, generator=generator, dtype=torch.float64), 0.0)
+    inputs = torch.randn(B, T + 1, 3, generator=generator, dtype=torch.float64)
+    return Rollout(
+        observations=inputs[:, :-1],
+        actions=torch.zeros(B, T),
+        rewards=rewards,
+        terminated=last,
+        truncated=torch.zeros_like(last),
+        mask=mask,
+        critic_inputs=inputs[:, :-1],
+        next_critic_inputs=inputs[:, 1:],
+        group_size=2,
+        whole_sequences=True,
+    )
+
+
+def test_gae_and_returns_to_go_by_loops(rollout):
+    values = rollout.critic_inputs[..., 0]
+    next_values = rollout.next_critic_inputs[..., 0]
+    arguments = rollout, rollout.rewards, values, next_values
+    found, returns = estimate_advantages(Gae(gamma=0.9, lam=0.8, whiten=False), *arguments)
+    togo, _ = estimate_advantages(ReturnsToGo(gamma=0.9, whiten=False), *arguments)
+    for row in range(B):
+        length = int(rollout.mask[row].sum())
+        for step in range(length):
+            advantage = reward = 0.0
+            for later in range(step, length):
+                following = 0.0 if later == length - 1 else next_values[row, later]
+                delta = rollout.rewards[row, later] + 0.9 * following - values[row, later]
+                advantage += (0.9 * 0.8) ** (later - step) * delta
+                reward += 0.9 ** (later - step) * rollout.rewards[row, later]
+            assert found[row, step].item() == pytest.approx(float(advantage), abs=1e-12)
+            assert returns[row, step].item() == pytest.approx(float(advantage + values[row, step]), abs=1e-12)
+            assert togo[row, step].item() == pytest.approx(float(reward - values[row, step]), abs=1e-12)
+
+
+def test_grouped_estimators_spread_the_score_over_the_sequence(rollout):
+    scores = rollout.rewards.sum(-1)
+    zeros = torch.zeros(B, T, dtype=torch.float64)
+    loo, _ = estimate_advantages(LeaveOneOut(whiten=False), rollout, rollout.rewards, zeros, zeros)
+    relative, _ = estimate_advantages(GroupRelative(scale=False), rollout, rollout.rewards, zeros, zeros)
+    for row in range(B):
+        other = scores[row ^ 1]
+        for step in range(T):
+            real = rollout.mask[row, step].item()
+            assert loo[row, step].item() == pytest.approx(float(scores[row] - other) * real)
+            assert relative[row, step].item() == pytest.approx(float(scores[row] - other) / 2 * real)
+
+
+def test_whitening_looks_at_real_steps_only(rollout):
+    zeros = torch.zeros(B, T, dtype=torch.float64)
+    whitened, _ = estimate_advantages(ReturnsToGo(gamma=1.0), rollout, rollout.rewards, zeros, zeros)
+    real = whitened[rollout.mask]
+    assert real.mean().item() == pytest.approx(0, abs=1e-12)
+    assert real.std().item() == pytest.approx(1)
+    assert (whitened[~rollout.mask] == 0).all()
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, inputs):
+        return inputs @ self.weight
+
+
+def test_the_critic_fits_real_steps_only_and_says_how_well(rollout):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(3, generator=generator, dtype=torch.float64)
+    returns = torch.where(rollout.mask, rollout.critic_inputs @ target, 1e6)
+    critic = ValueCritic(Linear(), learning_rate=0.05, epochs=600, minibatches=2)
+    values, next_values = critic.values(rollout)
+    assert (values == 0).all()
+    fitted = critic.fit(rollout, returns, values)
+    torch.testing.assert_close(critic.network.weight.detach(), target, atol=1e-2, rtol=0)
+    assert fitted["value_loss"] < 1e-3
+    assert fitted["explained_variance"] == pytest.approx(0, abs=1e-9)  # values of zero explained nothing
+    values, next_values = critic.values(rollout)
+    again = critic.fit(rollout, returns, values)
+    real = returns[rollout.mask]
+    expected = 1 - (real - values[rollout.mask]).var() / real.var()
+    assert again["explained_variance"] == pytest.approx(expected.item())
+    torch.testing.assert_close(next_values, rollout.next_critic_inputs @ target, atol=5e-2, rtol=0)
+
+
+def test_a_restored_critic_goes_on_bit_for_bit(rollout):
+    one, other = ValueCritic(Linear(), seed=3), ValueCritic(Linear(), seed=4)
+    one.fit(rollout, rollout.rewards, rollout.rewards)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for critic in (one, other):
+        critic.fit(rollout, rollout.rewards, rollout.rewards)
+    assert torch.equal(one.network.weight, other.network.weight)
+
+
+def test_no_critic_is_zero_everywhere(rollout):
+    values, next_values = NoCritic().values(rollout)
+    assert not values.any()
+    assert not next_values.any()
+    assert NoCritic().fit(rollout, rollout.rewards, values) == {"value_loss": None, "explained_variance": None}

@@ -1,0 +1,58 @@
+"""Signals as requests: the first is noted, the second obeyed, and nothing stays behind."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from lm_trust.training.interruption import Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_obeyed(number):
+    received = []
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    own = signal.signal(number, lambda *_: received.append("mine"))
+    try:
+        with Interruption() as interruption:
+            assert interruption.signal is None and interruption.exit_status == 0
+            os.kill(os.getpid(), number)
+            assert interruption.signal is number and interruption.exit_status == 128 + number
+            assert not received
+            os.kill(os.getpid(), number)
+            assert received == ["mine"]
+        os.kill(os.getpid(), number)
+        assert received == ["mine", "mine"]
+    finally:
+        signal.signal(number, own)
+    assert {name: signal.getsignal(name) for name in handlers} == handlers
+
+
+def test_a_second_ctrl_c_is_a_keyboard_interrupt():
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.exit_status == 130
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_error_inside_restores_the_handlers():
+    handlers = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="inside"), Interruption():
+        raise ValueError("inside")
+    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_outside_the_main_thread_signals_are_left_to_their_owner():
+    handlers = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+    found = []
+
+    def run():
+        with Interruption() as interruption:
+            found.append([signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)])
+            found.append(interruption.exit_status)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [handlers, 0]
