@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from scipy import stats
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lm_trust.lm.generation import complete, left_pad, sample_completions
-from lm_trust.lm.loading import load_policy, load_tokenizer
+from lm_trust.lm.loading import attach_adapter, load_policy, load_tokenizer, prepare_base
+from lm_trust.lm.policy import CausalPolicy
 
 # Completions by hand: 0 ends, and is also what pads.
 TOKENS = [
@@ -106,18 +107,24 @@ def test_the_generator_decides_and_moves_on(make_policy, tokenizer, lm):
     assert torch.equal(draw(torch.Generator().manual_seed(7)), first)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_every_token_is_drawn_from_the_distribution_that_is_scored(make_policy, tokenizer, lm, temperature):
-    """The cached pass of `generate`, padded and in single precision, against the scoring pass: the ratio is 1."""
-    policy = make_policy(dtype=torch.float32, temperature=temperature)
+def capture_scores(policy):
+    """A list that fills with what each token is drawn from: `generate`'s logits after every processor."""
     generate, drawn_from = policy.causal_lm.generate, []
 
     def with_scores(**given):
         found = generate(**given, return_dict_in_generate=True, output_scores=True)
-        drawn_from.extend(found.scores)  # after every processor: what the sample is drawn from
+        drawn_from.extend(found.scores)
         return found.sequences
 
     policy.causal_lm.generate = with_scores
+    return drawn_from
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_token_is_drawn_from_the_distribution_that_is_scored(make_policy, tokenizer, lm, temperature):
+    """The cached pass of `generate`, padded and in single precision, against the scoring pass: the ratio is 1."""
+    policy = make_policy(dtype=torch.float32, temperature=temperature)
+    drawn_from = capture_scores(policy)
     completions = lm.sample(policy, tokenizer, lm.TEXTS * 2)
     sampled = torch.stack(drawn_from, 1).log_softmax(-1)
     with torch.no_grad():
@@ -128,6 +135,14 @@ def test_every_token_is_drawn_from_the_distribution_that_is_scored(make_policy, 
     ratio = (scored.log_prob(completions.tokens) - chosen).exp()[mask]
     assert (ratio - 1).abs().max() < 1e-4
     assert mask.sum(-1).unique().numel() > 1
+
+
+def test_transformers_own_top_k_of_50_is_off(model_folder, tokenizer, lm):
+    config = AutoConfig.from_pretrained(model_folder, vocab_size=80)
+    policy = CausalPolicy(attach_adapter(prepare_base(AutoModelForCausalLM.from_config(config)), r=2))
+    drawn_from = capture_scores(policy)
+    lm.sample(policy, tokenizer, steps=2)
+    assert all(scores.shape[-1] == 80 and scores.isfinite().all() for scores in drawn_from)
 
 
 BENT = {

@@ -209,6 +209,7 @@ def test_the_reference_is_the_start_however_far_the_policy_moves(started, tokeni
     assert step(started, completions).accepted
     lm.move(started)
     with torch.no_grad(), started.as_reference():
+        assert not any(".reference." in name for name, required in requirements(started) if required)
         reference = started.distribution(seen).dense().log_probs
     torch.testing.assert_close(reference[mask], start[mask], rtol=0, atol=1e-5)
     with torch.no_grad(), started.as_base():
