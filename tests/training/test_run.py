@@ -453,6 +453,7 @@ def test_the_folder_of_a_control_run(runs):
     world.trainer.task.close()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # plain peft asks for it
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_the_adapter_needs_no_lm_trust(runs, architecture):
     sections = {
