@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 
 from lm_trust.control.vector import Environments
 from lm_trust.errors import UserError
+from lm_trust.user_code import import_user_module
 
 
 def make_environments(
@@ -86,26 +83,13 @@ def _make_registered(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
 
 def _import(id: str, module_name: str) -> Any:
     try:
-        with _working_directory_importable():
-            return importlib.import_module(module_name)
+        return import_user_module(module_name)
     except (Exception, SystemExit) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"environment.id: importing {module_name!r} of {id!r} raised {text}; modules are looked for in "
             "the working directory and among the installed packages"
         ) from error
-
-
-@contextlib.contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(directory)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -15,16 +15,12 @@ sample.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import importlib
 import inspect
 import math
-import os
 import reprlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -34,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lm_trust.errors import UserError
+from lm_trust.user_code import import_user_module
 
 Reward = Callable[..., Sequence[float]]
 
@@ -88,8 +85,7 @@ def resolve_reward(name: str, *, key: str = "rewards[0].name") -> Reward:
             f"built-in: {', '.join(BUILT_IN)}; a function of your own is named package.module:function"
         )
     try:
-        with _working_directory_importable():
-            module = importlib.import_module(module_name)
+        module = import_user_module(module_name)
     except (Exception, SystemExit) as error:
         raise UserError(
             f"{key}: importing {module_name!r} for the reward {name!r} raised {_one_line(error)}; "
@@ -342,15 +338,3 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 def _distinct(label: str, taken: Sequence[str]) -> str:
     candidates = (label if number == 1 else f"{label}_{number}" for number in range(1, len(taken) + 2))
     return next(candidate for candidate in candidates if candidate not in taken)
-
-
-@contextlib.contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(directory)
