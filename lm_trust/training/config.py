@@ -166,7 +166,7 @@ UPDATE = Field(default_factory=Trpo, description="how the policy moves")
 
 class Evaluation(Section):
     every: Count = Field(10, description="iterations between evaluations; 0: only at the end")
-    count: Positive = Field(64, description="held-out prompts")
+    count: Positive = Field(64, description="completions of held-out prompts, in turn")
 
 
 class ControlEvaluation(Section):

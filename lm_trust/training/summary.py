@@ -37,7 +37,7 @@ def print_summary(evaluation: Mapping[str, Evaluation | None], console: Console,
         return
     width = min(console.width, WIDTH)
     last = list(columns.values())[-1]
-    count, unit = last.get("count"), "prompts" if world == "language" else "episodes"
+    count, unit = last.get("count"), "completions" if world == "language" else "episodes"
     title = "Held-out evaluation" if world == "language" else "Evaluation"
     console.print()
     console.print(Text(title if count is None else f"{title}, {count} {unit}", "bold"))

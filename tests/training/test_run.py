@@ -542,7 +542,7 @@ def test_evaluate_prints_before_and_after(runs, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(run), "--count", "3"]) == 0
     out, err = capsys.readouterr()
-    assert "Held-out evaluation, 3 prompts" in out and "before" in out and "after" in out and "perplexity" in out
+    assert "Held-out evaluation, 3 completions" in out and "before" in out and "after" in out and "perplexity" in out
     assert err == "" and max(map(len, out.splitlines())) <= 80
     control = runs.train("control", "control", total_steps=64)
     capsys.readouterr()

@@ -37,7 +37,7 @@ def evaluation(reward, samples=()):
 
 def test_before_stands_against_after():
     lines = printed({"before": evaluation(0.153), "after": evaluation(-0.561) | {"reference_kl": 0.0}})
-    assert "Held-out evaluation, 64 prompts" in lines
+    assert "Held-out evaluation, 64 completions" in lines
     assert lines[2].split() == ["before", "after"]
     assert row(lines, "mean reward [95 % interval]").split("   ") == ["0.153 [0.053, 0.253]", "-0.561 [-0.661, -0.461]"]
     assert row(lines, "reference KL (nats/sequence)").split() == ["2.371", "0.000"]
