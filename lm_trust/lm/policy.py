@@ -115,7 +115,7 @@ class CausalPolicy(nn.Module):
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Within the context the module computes the reference policy."""
-        if REFERENCE_ADAPTER not in self.model.peft_config:
+        if self.reference_is_base:
             with self.as_base():
                 yield
             return
