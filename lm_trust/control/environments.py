@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 
+from lm_trust.control.evaluation import Remembering
+from lm_trust.control.pool import make_pool
 from lm_trust.control.vector import Environments
+from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.errors import UserError
 from lm_trust.user_code import import_user_module
 
@@ -19,7 +24,9 @@ def make_environments(
     *,
     seed: int,
     arguments: dict[str, Any] | None = None,
-) -> Environments:
+    remember: int = 0,
+    backend: str = "gymnasium",
+) -> Environments | VectorEnvironments:
     """`count` copies of an environment.
 
     Args:
@@ -28,24 +35,74 @@ def make_environments(
         count: how many copies.
         seed: of which every episode's seed is a function; evaluation takes another than training.
         arguments: keyword arguments of the environment or factory.
+        remember: how many of them, from the first, are `Remembering`: their last episode can be shown.
+        backend: "gymnasium", or "envpool" for training: see `lm_trust.control.pool`.
 
     Raises:
         UserError: no such environment (it names the nearest), a missing package, or unsupported spaces.
     """
+    if backend == "envpool":
+        return _pooled(id, count, seed, arguments or {})
     make = _maker(id)
-    arguments = arguments or {}
     envs = []
     try:
-        for _ in range(count):
-            env = make(**arguments)
-            if not isinstance(env, gymnasium.Env):
-                raise UserError(f"environment.id: {id} returned {type(env).__name__}, not a gymnasium.Env")
-            envs.append(env)
+        for number in range(count):
+            env = _made(id, make, arguments or {})
+            envs.append(Remembering(env) if number < remember else env)
         return Environments(id, envs, seed=seed)
     except BaseException:
         for env in envs:
             env.close()
         raise
+
+
+def make_environment(id: str, *, arguments: dict[str, Any] | None = None, render_mode: str) -> gymnasium.Env:
+    """One environment that can be looked at.
+
+    Args:
+        id: as of `make_environments`.
+        arguments: likewise; the render mode is given as one more.
+        render_mode: "rgb_array" or "human".
+
+    Raises:
+        UserError: as `make_environments`; or it does not know the mode.
+    """
+    try:
+        env = _made(id, _maker(id), {**(arguments or {}), "render_mode": render_mode})
+    except (TypeError, UserError) as error:
+        if "argument 'render_mode'" not in str(error):
+            raise
+        raise UserError(f"environment {id} does not take a render_mode") from error
+    if env.render_mode != render_mode:
+        env.close()
+        raise UserError(f"environment {id} has no render mode {render_mode!r}")
+    return env
+
+
+def _pooled(id: str, count: int, seed: int, arguments: dict[str, Any]) -> VectorEnvironments:
+    if ":" in id:
+        raise UserError(f"environment.backend: envpool has no environment 'module:factory' ({id}); use gymnasium")
+    # Evaluation makes the same environment by gymnasium: what that would refuse is refused now.
+    _made(id, _maker(id), arguments).close()
+    return make_pool(id, count, seed=seed, arguments=arguments)
+
+
+def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]) -> gymnasium.Env:
+    try:
+        env = make(**arguments)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        # Importing mujoco loads what MUJOCO_GL names, looked at or not, and fails in a way of each library's own.
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(frame.f_globals.get("__name__", "").startswith("mujoco.") for frame, _ in frames):
+            raise
+        raise UserError(
+            f"environment {id}: MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} "
+            f"({' '.join(str(error).split())}); unset it, or set it to egl or osmesa and install that library "
+            "(Debian: libegl1, libosmesa6)"
+        ) from error
+    if not isinstance(env, gymnasium.Env):
+        raise UserError(f"environment.id: {id} returned {type(env).__name__}, not a gymnasium.Env")
+    return env
 
 
 def _maker(id: str) -> Callable[..., gymnasium.Env]:

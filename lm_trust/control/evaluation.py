@@ -1,9 +1,15 @@
-"""Deterministic evaluation: each episode is played to its end, so short ones count no more than long ones."""
+"""Deterministic evaluation: each episode is played to its end, so short ones count no more than long ones.
+
+What was played can be remembered, to be shown afterwards (`lm_trust.control.video`).
+"""
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from scipy.special import stdtrit
@@ -46,6 +52,45 @@ def evaluate_policy(policy: nn.Module, environments: Environments) -> dict[str, 
         "count": environments.count,
         "length_mean": float(lengths.mean()),
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """All that it takes to play an episode again, and to tell that it went the same way.
+
+    Attributes:
+        seed: that it was reset with.
+        actions: as the environment was given them.
+        total: sum of its rewards.
+        final: the last observation, as the environment gave it.
+    """
+
+    seed: int
+    actions: list[Any]
+    total: float
+    final: Any
+
+
+class Remembering(gymnasium.Wrapper):
+    """An environment that remembers its last episode; what goes in and comes out is untouched.
+
+    Attributes:
+        episode: the last one that ended; None before the first.
+    """
+
+    episode: Episode | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self._seed, self._actions, self._total = seed, [], 0.0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self._actions.append(copy(action))  # a row of an array that the environment may write to
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._total += float(reward)
+        if terminated or truncated:
+            self.episode = Episode(self._seed, self._actions, self._total, copy(observation))
+        return observation, reward, terminated, truncated, info
 
 
 def t_interval(samples: np.ndarray) -> list[float] | None:

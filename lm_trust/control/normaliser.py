@@ -23,6 +23,8 @@ def merge_moments(mean: Tensor, variance: Tensor, count: Tensor, batch: Tensor) 
         batch: (rows, ...).
     """
     rows = len(batch)
+    if not rows:
+        return mean, variance, count
     total = count + rows
     batch_mean = batch.mean(0)
     difference = batch_mean - mean
@@ -90,12 +92,14 @@ class RewardNormaliser(nn.Module):
         self.register_buffer("returns", torch.zeros(count, dtype=torch.float64))
 
     @torch.no_grad()
-    def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:
+    def forward(self, rewards: Tensor, ended: Tensor, mask: Tensor | None = None) -> Tensor:
         """Count a rollout in, and scale it.
 
         Args:
             rewards: (B, T), the steps that follow those of the last call.
             ended: (B, T) bool, True at the last step of an episode.
+            mask: (B, T) bool, False between two episodes where nothing happened: a reward of zero, not counted.
+                None is all True.
 
         Returns:
             (B, T) scaled rewards.
@@ -107,6 +111,6 @@ class RewardNormaliser(nn.Module):
             returns[step] = running + reward
             running = returns[step] * keep[:, step]
         self.returns = torch.from_numpy(running)
-        batch = torch.from_numpy(returns.reshape(-1))
+        batch = torch.from_numpy(returns.reshape(-1) if mask is None else returns[mask.numpy().T])
         self.mean, self.var, self.count = merge_moments(self.mean, self.var, self.count, batch)
         return (rewards * torch.rsqrt(self.var + 1e-8)).clamp(-self.clip, self.clip).to(rewards.dtype)

@@ -17,20 +17,28 @@ from torch.nn import functional
 
 from lm_trust.control.normaliser import ObservationNormaliser
 from lm_trust.control.spaces import ActionSpace
-from lm_trust.core import Categorical, DiagonalGaussian
+from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical
+from lm_trust.core.linearisation import Linearisation
 from lm_trust.errors import UserError
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": functional.relu,
-    "elu": functional.elu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
+
+def _tanh(x: Tensor) -> Tensor:
+    # On many rows torch's sigmoid takes a fifth of the time of its tanh (CPU, float32).
+    return torch.tanh(x) if x.numel() < 2048 else 2 * torch.sigmoid(2 * x) - 1
+
+
+# Of each activation: the function, and a tangent or cotangent g taken through it, given its value y.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "tanh": (_tanh, lambda g, y: torch.addcmul(g, g * y, y, value=-1)),
+    "relu": (functional.relu, lambda g, y: g * (y > 0)),
 }
 
 
 class MLPPolicy(nn.Module):
-    """Observations to a `Categorical` (discrete actions) or a `DiagonalGaussian` (continuous ones).
+    """Observations to the distribution of the action.
+
+    A `Categorical` of discrete actions, a `MultiCategorical` of multi-discrete ones, a `DiagonalGaussian` of
+    continuous ones.
 
     Args:
         observation_size: O.
@@ -62,16 +70,40 @@ class MLPPolicy(nn.Module):
         # A small last layer starts the policy near uniform, whatever the observations' scale.
         sizes = [observation_size, *hidden, action_space.size]
         self.body = MLP(sizes, activation, last_gain=0.01, generator=generator)
+        self._sizes = action_space.sizes
         self.log_std: nn.Parameter | None = None
         if action_space.kind == "continuous":
             self.log_std = nn.Parameter(torch.full((action_space.size,), float(log_std)))
 
-    def distribution(self, observations: Tensor) -> Categorical | DiagonalGaussian:
+    def distribution(self, observations: Tensor) -> Categorical | MultiCategorical | DiagonalGaussian:
         """The distribution of the action at each raw observation, (..., O)."""
         if self.normaliser is not None:
             observations = self.normaliser(observations)
-        output = self.body(observations)
-        return Categorical(output) if self.log_std is None else DiagonalGaussian(output, self.log_std)
+        return self._on(self.body(observations), self.log_std)
+
+    @torch.no_grad()
+    def linearised(self, observations: Tensor) -> Linearisation:
+        """The same distribution as `distribution`, with its derivative, without autograd; see `Linearisation`."""
+        if self.normaliser is not None:
+            observations = self.normaliser(observations)
+        output, body_pushforward, body_pullback = self.body.linearised(observations)
+        if self.log_std is None:
+            return Linearisation(self._on(output, None), body_pushforward, body_pullback)
+
+        # log_std is the first parameter, because a module's own come before those of its submodules.
+        def pushforward(tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            (mean,) = body_pushforward(tangents[1:])
+            return mean, tangents[0].expand_as(mean)
+
+        def pullback(mean: Tensor, log_std: Tensor) -> list[Tensor]:
+            return [log_std.flatten(0, -2).sum(0), *body_pullback(mean)]
+
+        return Linearisation(self._on(output, self.log_std.detach()), pushforward, pullback)
+
+    def _on(self, output: Tensor, log_std: Tensor | None) -> Categorical | MultiCategorical | DiagonalGaussian:
+        if log_std is not None:
+            return DiagonalGaussian(output, log_std)
+        return Categorical(output) if self._sizes is None else MultiCategorical(output, self._sizes)
 
 
 class ValueNetwork(nn.Module):
@@ -86,6 +118,18 @@ class ValueNetwork(nn.Module):
         if self.normaliser is not None:
             observations = self.normaliser(observations)
         return self.body(observations).squeeze(-1)
+
+    @torch.no_grad()
+    def linearised(self, observations: Tensor) -> Linearisation:
+        """Values (...) with their derivative, without autograd; see `Linearisation`."""
+        if self.normaliser is not None:
+            observations = self.normaliser(observations)
+        output, pushforward, pullback = self.body.linearised(observations)
+        return Linearisation(
+            output.squeeze(-1),
+            lambda tangents: (pushforward(tangents)[0].squeeze(-1),),
+            lambda cotangent: pullback(cotangent.unsqueeze(-1)),
+        )
 
 
 def value_network(
@@ -140,7 +184,7 @@ class MLP(nn.Module):
             nn.init.orthogonal_(layer.weight, gain=gain, generator=generator)
             nn.init.zeros_(layer.bias)
         self.hidden, self.last = nn.ModuleList(hidden), last
-        self._activate = ACTIVATIONS[activation]
+        self._activate, self._through_activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -148,3 +192,35 @@ class MLP(nn.Module):
         for layer in self.hidden:
             x = self._activate(functional.linear(x, layer.weight, layer.bias))
         return functional.linear(x, self.last.weight, self.last.bias)
+
+    @torch.no_grad()
+    def linearised(self, x: Tensor) -> Linearisation:
+        """Output and derivative at x (..., inputs), which has one leading axis at least; see `Linearisation`.
+
+        It is backpropagation written out: on minibatches of tens or hundreds of rows it takes half of autograd's time.
+        """
+        layers = [*self.hidden, self.last]
+        lead, given = x.shape[:-1], [x.flatten(0, -2)]
+        for layer in self.hidden:
+            given.append(self._activate(functional.linear(given[-1], layer.weight, layer.bias)))
+        output = functional.linear(given[-1], self.last.weight, self.last.bias)
+
+        @torch.no_grad()
+        def pushforward(tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            moved = functional.linear(given[0], tangents[0], tangents[1])
+            for index in range(1, len(layers)):
+                moved = functional.linear(self._through_activation(moved, given[index]), layers[index].weight)
+                moved += functional.linear(given[index], tangents[2 * index], tangents[2 * index + 1])
+            return (moved.unflatten(0, lead),)
+
+        @torch.no_grad()
+        def pullback(cotangent: Tensor) -> list[Tensor]:
+            cotangent = cotangent.flatten(0, -2)
+            gradients: list[Tensor] = []
+            for index in range(len(layers) - 1, -1, -1):
+                gradients = [cotangent.t() @ given[index], cotangent.sum(0), *gradients]
+                if index:
+                    cotangent = self._through_activation(cotangent @ layers[index].weight, given[index])
+            return gradients
+
+        return Linearisation(output.unflatten(0, lead), pushforward, pullback)

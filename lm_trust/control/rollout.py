@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm_trust.control.evaluation import evaluate_policy
+from lm_trust.control.evaluation import Episode, Remembering, evaluate_policy
 from lm_trust.control.normaliser import RewardNormaliser
 from lm_trust.control.vector import Environments
+from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.batch import Rollout
 from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
@@ -37,11 +38,12 @@ class ControlTask:
 
     Attributes:
         steps: environment steps taken so far, over all environments.
+        finished_episodes: of the last `collect`: (unscaled return, length, `steps` at its end) each.
     """
 
     def __init__(
         self,
-        environments: Environments,
+        environments: Environments | VectorEnvironments,
         *,
         steps: int,
         gamma: float,
@@ -62,6 +64,7 @@ class ControlTask:
         self._lengths = np.zeros(environments.count, np.int64)
         self._finished: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._episodes = 0
+        self.finished_episodes: list[tuple[float, int, int]] = []
 
     @torch.inference_mode()
     def _play(self, policy: nn.Module) -> dict[str, np.ndarray]:
@@ -71,22 +74,26 @@ class ControlTask:
         observations[0] = environments.observations
         actions: np.ndarray | None = None
         rewards = np.empty((steps, count))
-        terminated, truncated = np.empty((steps, count), bool), np.empty((steps, count), bool)
+        terminated, truncated, valid = (np.empty((steps, count), bool) for _ in range(3))
         finals: list[tuple[int, int, np.ndarray]] = []
+        self.finished_episodes = []
+        taken = self.steps
         for step in range(steps):
             chosen = policy.distribution(torch.from_numpy(observations[step])).sample(self._generator).numpy()
             if actions is None:
                 actions = np.empty((steps, *chosen.shape), chosen.dtype)
             actions[step] = chosen
-            rewards[step], terminated[step], truncated[step], final = environments.step(chosen)
+            rewards[step], terminated[step], truncated[step], valid[step], final = environments.step(chosen)
             observations[step + 1] = environments.observations
             self._returns += rewards[step]
-            self._lengths += 1
+            self._lengths += valid[step]
+            taken += int(np.count_nonzero(valid[step]))
             for row, observation in final.items():
                 finals.append((step, row, observation))
                 self._finished.append((float(self._returns[row]), int(self._lengths[row])))
+                self.finished_episodes.append((*self._finished[-1], taken))
                 self._returns[row], self._lengths[row] = 0.0, 0
-        self.steps += steps * count
+        self.steps = taken
         self._episodes += len(finals)
         successors = observations[1:].copy()
         for step, row, observation in finals:
@@ -98,6 +105,7 @@ class ControlTask:
             "rewards": rewards,
             "terminated": terminated,
             "truncated": truncated,
+            "valid": valid,
         }
 
     def collect(self, policy: nn.Module) -> Rollout:
@@ -115,14 +123,14 @@ class ControlTask:
         played = {name: _by_environment(array) for name, array in self._play(policy).items()}
         rewards, ended = played["rewards"], played["terminated"] | played["truncated"]
         if self._reward_normaliser is not None:
-            rewards = self._reward_normaliser(rewards, ended)
+            rewards = self._reward_normaliser(rewards, ended, played["valid"])
         return Rollout(
             observations=played["observations"],
             actions=played["actions"],
             rewards=rewards.float(),
             terminated=played["terminated"],
             truncated=played["truncated"],
-            mask=torch.ones_like(ended),
+            mask=played["valid"],
             critic_inputs=played["observations"],
             next_critic_inputs=played["successors"],
             metrics=self._metrics(),
@@ -131,7 +139,7 @@ class ControlTask:
     def after_update(self, policy: nn.Module, rollout: Rollout) -> None:
         """Let the policy's normaliser learn from the rollout, now that no update will look at it again."""
         if self.normalise_observations:
-            policy.normaliser.update(rollout.observations)
+            policy.normaliser.update(rollout.observations[rollout.mask])
 
     def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]:
         """`count` episodes with the most likely actions, on separate environments; see `evaluate_policy`."""
@@ -142,6 +150,11 @@ class ControlTask:
                 self._evaluation.close()
             self._evaluation = self._make_evaluation(count)
         return evaluate_policy(policy, self._evaluation)
+
+    def remembered(self) -> list[Episode]:
+        """Of the last `evaluate`, the episodes of those environments that are `Remembering`, in their order."""
+        environments = [] if self._evaluation is None else self._evaluation.envs
+        return [env.episode for env in environments if isinstance(env, Remembering)]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later `collect` depends on besides the policy."""
@@ -159,7 +172,7 @@ class ControlTask:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: exactly, where `Environments.load_state_dict` says it can."""
+        """Go on from a saved state: exactly, where the environments' `load_state_dict` says it can."""
         self.environments.load_state_dict(state["environments"])
         self.steps, self._episodes = state["steps"], state["episodes"]
         self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
@@ -167,6 +180,10 @@ class ControlTask:
         self._generator.set_state(state["generator"])
         if self._reward_normaliser is not None:
             self._reward_normaliser.load_state_dict(state["reward_normaliser"])
+        if not self.environments.keeps_episodes:  # what the lost ones had earned belongs to none of the new
+            self._returns[:], self._lengths[:] = 0.0, 0
+            if self._reward_normaliser is not None:
+                self._reward_normaliser.returns.zero_()
 
     def close(self) -> None:
         """Close all environments."""

@@ -17,47 +17,64 @@ class ActionSpace:
     """What a policy acts with.
 
     Attributes:
-        kind: "discrete" (a policy's action is an index) or "continuous" (a real vector).
-        size: V actions to choose from, or A dimensions.
+        kind: "discrete" (a policy's action is an index), "multi_discrete" (A indices) or "continuous" (A real numbers).
+        size: V actions to choose from, the sum of a multi-discrete action's `sizes`, or A dimensions: how many
+            numbers a policy's network gives for an action.
         low, high: (A,) bounds of a continuous action, in the environment's own dtype; may be infinite.
-        start: the environment's number for index 0 of a discrete action.
+        start: the environment's number for index 0 of a discrete action; of a multi-discrete one (A,), in the
+            environment's own dtype.
+        sizes: V_a, how many actions each dimension of a multi-discrete action chooses from; None of another kind.
     """
 
     kind: str
     size: int
     low: np.ndarray | None = None
     high: np.ndarray | None = None
-    start: int = 0
+    start: int | np.ndarray = 0
+    sizes: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one action."""
-        return () if self.kind == "discrete" else (self.size,)
+        if self.kind == "discrete":
+            return ()
+        return (self.size,) if self.sizes is None else (len(self.sizes),)
 
     def to_environment(self, actions: np.ndarray) -> np.ndarray:
-        """What the environments are given for a policy's raw actions, (B,) int64 or (B, A): a new array.
+        """What the environments are given for a policy's raw actions, (B,) or (B, A): a new array.
 
         The bounds are applied here and nowhere else, so what is stored and scored is what was sampled.
         """
         if self.kind == "discrete":
             return actions + self.start
+        if self.kind == "multi_discrete":
+            return (actions + self.start).astype(self.start.dtype, copy=False)
         return np.minimum(np.maximum(actions, self.low), self.high).astype(self.low.dtype, copy=False)
 
 
 def action_space(space: spaces.Space, name: str) -> ActionSpace:
-    """The supported action spaces: `Discrete`, and a one-dimensional `Box` of floats.
+    """The supported action spaces: `Discrete`, and one-dimensional `MultiDiscrete`, `MultiBinary` and `Box` of floats.
 
     Raises:
         UserError: any other space; the message names the environment and the space.
     """
     if isinstance(space, spaces.Discrete):
         return ActionSpace("discrete", int(space.n), start=int(space.start))
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
+    one_dimensional = space.shape is not None and len(space.shape) == 1
+    if isinstance(space, spaces.MultiDiscrete) and one_dimensional:
+        return _multi_discrete(space.nvec.tolist(), space.start)
+    if isinstance(space, spaces.MultiBinary) and one_dimensional:
+        return _multi_discrete([2] * space.shape[0], np.zeros(space.shape, space.dtype))
+    if isinstance(space, spaces.Box) and one_dimensional and np.issubdtype(space.dtype, np.floating):
         return ActionSpace("continuous", space.shape[0], low=space.low, high=space.high)
     raise UserError(
         f"environment {name}: the action space {space} is not supported; "
-        "supported are Discrete and a one-dimensional Box of floats"
+        "supported are Discrete, and one-dimensional MultiDiscrete, MultiBinary and Box of floats"
     )
+
+
+def _multi_discrete(sizes: list[int], start: np.ndarray) -> ActionSpace:
+    return ActionSpace("multi_discrete", sum(sizes), start=start, sizes=tuple(sizes))
 
 
 def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[Any], np.ndarray] | None]:

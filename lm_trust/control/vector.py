@@ -29,6 +29,7 @@ class Transition(NamedTuple):
     Attributes:
         rewards: (B,) float64, as the environments gave them.
         terminated, truncated: (B,) bool.
+        valid: (B,) bool, False where there was no step and nothing can be learnt: an action that was ignored.
         final: row -> (O,) the last observation of an episode that ended in this step. The next one has begun
             already: `Environments.observations` holds its first observation.
     """
@@ -36,6 +37,7 @@ class Transition(NamedTuple):
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    valid: np.ndarray
     final: dict[int, np.ndarray]
 
 
@@ -52,10 +54,13 @@ class Environments:
         observation_size: O.
         action_space: what a policy acts with.
         observations: (B, O) float32, what each environment shows now; a new array after every step.
+        keeps_episodes: a loaded state goes on in the middle of its episodes.
 
     Raises:
         UserError: a space that is not supported, or copies that are one object.
     """
+
+    keeps_episodes = True
 
     def __init__(self, name: str, envs: Sequence[gymnasium.Env], *, seed: int) -> None:
         if len({id(env) for env in envs}) < len(envs):
@@ -85,7 +90,7 @@ class Environments:
 
         Args:
             actions: a row for every environment.
-            rows: step these environments only; the others' entries in the result are zero.
+            rows: step these environments only; the others' entries in the result are zero, and not valid.
 
         Raises:
             UserError: an observation or a reward is not finite; names the environment, the copy and the step.
@@ -100,6 +105,8 @@ class Environments:
         observations = self.observations.copy()
         rewards = np.zeros(self.count)
         terminated, truncated = np.zeros(self.count, bool), np.zeros(self.count, bool)
+        valid = np.zeros(self.count, bool)
+        valid[slice(None) if rows is None else list(rows)] = True
         ended = []
         for row in range(self.count) if rows is None else rows:
             observation, reward, end, limit, _ = self._step_functions[row](given[row])
@@ -118,7 +125,7 @@ class Environments:
             final[row] = observations[row].copy()
             observations[row] = self._begin(row, self._episodes[row] + 1)
         self.observations = observations
-        return Transition(rewards, terminated, truncated, final)
+        return Transition(rewards, terminated, truncated, valid, final)
 
     def state_dict(self) -> dict[str, Any]:
         """Each environment's episode, the actions taken in it, and what was seen last."""

@@ -10,7 +10,13 @@ from lm_trust.core.advantages import (
 )
 from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_gradient
-from lm_trust.core.distributions import Categorical, DiagonalGaussian, Distribution, kl_estimators
+from lm_trust.core.distributions import (
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    MultiCategorical,
+    kl_estimators,
+)
 from lm_trust.core.fisher import FisherOperator
 from lm_trust.core.surrogate import clipped_surrogate, clipped_value_loss
 from lm_trust.core.trust_region import StepReport, trust_region_step
@@ -22,6 +28,7 @@ __all__ = [
     "DiagonalGaussian",
     "Distribution",
     "FisherOperator",
+    "MultiCategorical",
     "Rollout",
     "StepReport",
     "clipped_surrogate",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Batch:
         old: the distribution that sampled, detached.
         old_log_prob: its log-probability of the actions, nats per step.
         advantages: like old_log_prob.
-        mask: like old_log_prob, bool.
+        mask: like old_log_prob, bool; None where every step is real.
         reference: the reference policy's distribution, where there is one.
         progress: fraction of the training done, 0 to 1, for schedules.
     """
@@ -65,7 +65,7 @@ class Batch:
     old: Distribution
     old_log_prob: Tensor
     advantages: Tensor
-    mask: Tensor
+    mask: Tensor | None
     reference: Distribution | None = None
     progress: float = 0.0
 
@@ -80,15 +80,14 @@ class Batch:
             old=self.old[rows],
             old_log_prob=self.old_log_prob[rows],
             advantages=self.advantages[rows],
-            mask=self.mask[rows],
+            mask=None if self.mask is None else self.mask[rows],
             reference=None if self.reference is None else self.reference[rows],
             progress=self.progress,
         )
 
     def flattened(self) -> Batch:
-        """The batch with (B, T) merged into N single steps, for policies without memory. Observations are a tensor."""
-        everything = torch.ones(self.mask.shape, dtype=torch.bool)
-        return self[everything]
+        """The N real steps of (B, T) as single rows, for policies without memory. Observations are a tensor."""
+        return replace(self[self.mask], mask=None)
 
 
 def row_chunks(count: int, size: int | None) -> Iterator[slice]:

@@ -32,6 +32,9 @@ class Distribution(Protocol):
 
     def kl(self, other: Any) -> Tensor: ...
 
+    def score(self, actions: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of each step's log_prob by the distribution's own parameters, each (B, T, ...)."""
+
     def fisher_product(self, *tangents: Tensor) -> Tensor | tuple[Tensor, ...]: ...
 
     def detach(self) -> Distribution:
@@ -84,6 +87,11 @@ class Categorical:
         """KL(self || other), exact over all V actions, (B, T) in nats per step; +inf where other excludes an action."""
         return _expectation(self.log_probs.exp(), self.log_probs - other.log_probs)
 
+    def score(self, actions: Tensor) -> tuple[Tensor, ...]:
+        """(onehot(action) - p,), the gradient of log_prob by the logits, (B, T, V)."""
+        actions = actions.long().unsqueeze(-1)
+        return (self.log_probs.exp().neg_().scatter_add_(-1, actions, torch.ones_like(self.logits[..., :1])),)
+
     def fisher_product(self, *tangents: Tensor) -> Tensor:
         """(diag(p) - p p') u for one tangent u of the logits, (B, T, V): the Hessian of KL(self || .) at self."""
         (tangent,) = tangents
@@ -96,6 +104,66 @@ class Categorical:
 
     def __getitem__(self, rows: Any) -> Categorical:
         return Categorical(self.logits[rows])
+
+
+class MultiCategorical:
+    """Independent categoricals, one for each of A action dimensions; every quantity sums over A.
+
+    Args:
+        logits: (B, T, sum of V_a), the dimensions' logits side by side, each as for `Categorical`.
+        sizes: V_a, how many actions each dimension chooses from.
+
+    Raises:
+        RuntimeError: the sizes do not add up to the logits.
+    """
+
+    def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
+        self.logits = logits
+        self.sizes = tuple(sizes)
+        self._dimensions = [Categorical(part) for part in logits.split(self.sizes, dim=-1)]
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.logits,)
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-probability of actions (B, T, A), (B, T) in nats."""
+        return sum(one.log_prob(action) for one, action in zip(self._dimensions, actions.unbind(-1), strict=True))
+
+    def entropy(self) -> Tensor:
+        """(B, T) entropy in nats per step."""
+        return sum(one.entropy() for one in self._dimensions)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(B, T, A) actions."""
+        return torch.stack([one.sample(generator) for one in self._dimensions], dim=-1)
+
+    def mode(self) -> Tensor:
+        """(B, T, A) most likely actions."""
+        return torch.stack([one.mode() for one in self._dimensions], dim=-1)
+
+    def kl(self, other: MultiCategorical) -> Tensor:
+        """KL(self || other), exact, (B, T) in nats per step; +inf where other excludes an action."""
+        return sum(one.kl(two) for one, two in zip(self._dimensions, other._dimensions, strict=True))
+
+    def score(self, actions: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of log_prob by the logits, (B, T, sum of V_a)."""
+        parts = [one.score(action)[0] for one, action in zip(self._dimensions, actions.unbind(-1), strict=True)]
+        return (torch.cat(parts, dim=-1),)
+
+    def fisher_product(self, *tangents: Tensor) -> Tensor:
+        """For one tangent of the logits, (B, T, sum of V_a): the metric is one block for each dimension."""
+        (tangent,) = tangents
+        parts = tangent.split(self.sizes, dim=-1)
+        products = [one.fisher_product(part) for one, part in zip(self._dimensions, parts, strict=True)]
+        return torch.cat(products, dim=-1)
+
+    def detach(self) -> MultiCategorical:
+        """A snapshot of the distribution, without graph."""
+        return MultiCategorical(self.logits.detach().clone(), self.sizes)
+
+    def __getitem__(self, rows: Any) -> MultiCategorical:
+        return MultiCategorical(self.logits[rows], self.sizes)
 
 
 class DiagonalGaussian:
@@ -139,6 +207,12 @@ class DiagonalGaussian:
         distance = ((self.mean - other.mean) * torch.exp(-other.log_std)).square()
         # expm1 keeps the digits of a small step, where the terms of the textbook form cancel.
         return 0.5 * (torch.expm1(-2 * log_ratio) + 2 * log_ratio + distance).sum(-1)
+
+    def score(self, actions: Tensor) -> tuple[Tensor, ...]:
+        """(z / sigma, z^2 - 1) with z = (action - mean) / sigma: by the mean and by the log-std, each (B, T, A)."""
+        inverse = torch.exp(-self.log_std)
+        standardised = (actions - self.mean) * inverse
+        return standardised * inverse, standardised.square() - 1
 
     def fisher_product(self, *tangents: Tensor) -> tuple[Tensor, Tensor]:
         """(dm / sigma^2, 2 ds) for tangents dm of the mean and ds of the log-std, each (B, T, A)."""

@@ -6,7 +6,8 @@ Three routes to the same product, for an independent check of each and because n
 
 - `gauss_newton`: F = mean of J' M J, with J the Jacobian of the distribution's own parameters (logits, means, or a
   language model's last hidden states) and M the exact metric that the distribution knows (`fisher_product`). J v is had
-  from two backward passes ("double vjp") whose graph is kept, so that a product is one tangent pass and one backward.
+  from two backward passes ("double vjp") whose graph is kept, so that a product is one tangent pass and one backward;
+  or from the policy itself, where it has a method `linearised` (see `lm_trust.core.linearisation`).
 - `kl_hessian`: the second derivative of the exact KL by double backward (Pearlmutter 1994), its graph kept as well.
 - `finite_difference`: a forward difference of the KL's gradient. One gradient a product, exact only to about the square
   root of the arithmetic's precision, but it asks nothing of the model: any attention kernel, any wrapper.
@@ -125,6 +126,8 @@ class FisherOperator:
 
 
 def _gauss_newton(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable) -> Product:
+    if hasattr(policy, "linearised") and all(parameter.requires_grad for parameter in policy.parameters()):
+        return _gauss_newton_without_autograd(policy, observations, parameters, weights)
     distribution = policy.distribution(observations)
     fixed = distribution.detach()
     outputs = distribution.parameters
@@ -143,16 +146,31 @@ def _gauss_newton(policy: nn.Module, observations: Any, parameters: list[nn.Para
         )
         moved = [next(tangents) if output.requires_grad else torch.zeros_like(output) for output in outputs]
         with torch.no_grad():
-            metric = fixed.fisher_product(*moved)
-            metric = (metric,) if isinstance(metric, Tensor) else metric
-            cotangents = [
-                part * step_weights.unsqueeze(-1)
-                for part, output in zip(metric, outputs, strict=True)
-                if output.requires_grad
-            ]
+            weighted = _weighted_metric(fixed, moved, step_weights)
+            cotangents = [part for part, output in zip(weighted, outputs, strict=True) if output.requires_grad]
         return flatten(torch.autograd.grad(live, parameters, cotangents, retain_graph=True, materialize_grads=True))
 
     return product
+
+
+def _gauss_newton_without_autograd(
+    policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable
+) -> Product:
+    """The same from a policy's own pushforward and pullback."""
+    distribution, pushforward, pullback = policy.linearised(observations)
+    step_weights = weights(distribution.parameters[0][..., 0])
+
+    @torch.no_grad()
+    def product(vector: Tensor) -> Tensor:
+        moved = pushforward(unflatten(vector, parameters))
+        return flatten(pullback(*_weighted_metric(distribution, moved, step_weights)))
+
+    return product
+
+
+def _weighted_metric(distribution: Any, tangents: Sequence[Tensor], step_weights: Tensor) -> list[Tensor]:
+    metric = distribution.fisher_product(*tangents)
+    return [part * step_weights.unsqueeze(-1) for part in ((metric,) if isinstance(metric, Tensor) else metric)]
 
 
 def _kl_hessian(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable) -> Product:

@@ -1,4 +1,4 @@
-"""Surrogate objectives, per step and to be maximised, and the clipped value loss."""
+"""Surrogate objectives, per step and to be maximised, the clipped value loss, and the slopes of both."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ def clipped_surrogate(
     return torch.minimum(probability_ratio * advantages, clipped * advantages)
 
 
+def clipped_surrogate_slope(
+    old_log_prob: Tensor,
+    new_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The derivative of `clipped_surrogate` by new_log_prob: r A, and 0 where the clip holds.
+
+    Arguments as there.
+
+    Returns:
+        (B, T) the derivative, and (B, T) bool, whether the ratio is outside of the band.
+    """
+    probability_ratio = ratio(old_log_prob, new_log_prob)
+    above = probability_ratio > 1 + (clip if clip_high is None else clip_high)
+    below = probability_ratio < 1 - clip
+    # Beyond the band on the side that the advantage pulls to, the minimum is a constant.
+    held = torch.where(advantages > 0, above, below)
+    return (probability_ratio * advantages).masked_fill_(held, 0.0), above | below
+
+
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
     """Half squared error, the worse of the new value and of the new value held within `clip` of the old one.
 
@@ -52,3 +75,14 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
         held = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (held - returns).square())
     return 0.5 * error
+
+
+def clipped_value_slope(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
+    """The derivative of `clipped_value_loss` by the values, per step. Arguments and shape as there."""
+    error = values - returns
+    if clip is None:
+        return error
+    movement = values - old_values
+    held_error = old_values + movement.clamp(-clip, clip) - returns
+    held_slope = torch.where(movement.abs() <= clip, held_error, 0.0)
+    return torch.where(held_error.square() > error.square(), held_slope, error)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lm_trust.training.config import Config, ControlConfig, LanguageConfig, Trpo
+from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.critic import Critic, NoCritic, ValueCritic
 from lm_trust.training.trainer import Trainer, UpdateRule
-from lm_trust.updates import TRPO, PPOClip
+from lm_trust.updates import TRPO, PPOClip, PPOPenalty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,7 +156,13 @@ def _control_world(config: ControlConfig) -> World:
     from lm_trust.control.saving import load_policy, save_policy
     from lm_trust.core.seeding import make_generator, stream_seed
 
-    environments = make_environments(config.environment.id, config.environment.count, seed=config.seed)
+    environments = make_environments(
+        config.environment.id,
+        config.environment.count,
+        seed=config.seed,
+        arguments=config.environment.arguments,
+        backend=config.environment.backend,
+    )
     normaliser = ObservationNormaliser(environments.observation_size) if config.normalise.observations else None
     policy = MLPPolicy(
         environments.observation_size,
@@ -185,7 +191,11 @@ def _control_world(config: ControlConfig) -> World:
         normalise_observations=config.normalise.observations,
         normalise_rewards=config.normalise.rewards,
         evaluation_environments=lambda count: make_environments(
-            config.environment.id, count, seed=stream_seed(config.seed, "control.evaluation")
+            config.environment.id,
+            count,
+            seed=stream_seed(config.seed, "control.evaluation"),
+            arguments=config.environment.arguments,
+            remember=config.evaluation.videos,
         ),
     )
     steps_an_iteration = config.environment.count * config.rollout.steps
@@ -207,8 +217,11 @@ def _control_world(config: ControlConfig) -> World:
 
 
 def _update(config: Config, **shared: float | int | None) -> UpdateRule:
-    rule = _settings(config.update) | shared
-    return TRPO(**rule) if isinstance(config.update, Trpo) else PPOClip(**rule, seed=config.seed)
+    settings = _settings(config.update) | shared
+    if config.update.kind == "trpo":
+        return TRPO(**settings)
+    rule = {"ppo_clip": PPOClip, "ppo_penalty": PPOPenalty}[config.update.kind]
+    return rule(**settings, seed=config.seed)
 
 
 def _source(config: LanguageConfig) -> dict:

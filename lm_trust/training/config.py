@@ -10,11 +10,29 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from lm_trust.training.config_learning import (
+    GROUPED,
+    UPDATE,
+    Count,
+    Gae,
+    GroupRelative,
+    LeaveOneOut,
+    Mlp,
+    Name,
+    NoCritic,
+    Positive,
+    Rate,
+    ReferenceHead,
+    ReturnsToGo,
+    Section,
+    Seed,
+    Update,
+)
 
 # The rewards that a config may call by a bare name; everything else is a dotted path to a function.
 BUILTIN_REWARDS = ("vader",)
-GROUPED = ("leave_one_out", "group_relative")  # estimators whose baseline is the other samples of a prompt
 _REWARD_PATH = re.compile(r"(?=.*[.:])NAME(\.NAME)*(:NAME(\.NAME)*)?".replace("NAME", r"[^\W\d]\w*"))
 
 
@@ -24,11 +42,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[tuple[str, str]]):
         super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
         self.problems = problems
-
-
-def _whole(value: Any) -> Any:
-    """1e6 is a float in YAML, and what people write for a number of steps."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _no_budget(value: Any) -> None:
@@ -43,125 +56,7 @@ def _reward_name(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Positive = Annotated[Whole, Field(gt=0, le=10**12)]  # beyond it a count is a slip, and would overflow
-Count = Annotated[Whole, Field(ge=0, le=10**12)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(min_length=1)]
 RewardName = Annotated[str, BeforeValidator(_reward_name)]
-Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]
-
-
-class Section(BaseModel):
-    """A mapping of the config: unknown keys and silently converted types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-# ---- advantage estimators
-
-
-class Gae(Section):
-    """Generalised advantage estimation."""
-
-    kind: Literal["gae"] = "gae"
-    gamma: Fraction = Field(0.99, description="discount a step; 1.0 is usual for language")
-    lam: Fraction = Field(0.95, description="decay of the trace: 0 one-step, 1 Monte Carlo")
-    whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
-
-
-class ReturnsToGo(Section):
-    """Discounted returns to go, less the critic's value where there is a critic."""
-
-    kind: Literal["returns_to_go"] = "returns_to_go"
-    gamma: Fraction = Field(0.99, description="discount a step; 1.0 is usual for language")
-    whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
-
-
-class LeaveOneOut(Section):
-    """A completion's score less the mean of the other completions of its prompt."""
-
-    kind: Literal["leave_one_out"] = "leave_one_out"
-    whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
-
-
-class GroupRelative(Section):
-    """A completion's score less the mean of all completions of its prompt."""
-
-    kind: Literal["group_relative"] = "group_relative"
-    scale: bool = Field(True, description="divide by the standard deviation within the prompt")
-    whiten: bool = Field(False, description="shift and scale a batch's advantages to mean 0, sd 1")
-
-
-# ---- critics
-
-
-class NoCritic(Section):
-    """No value function."""
-
-    kind: Literal["none"] = "none"
-
-
-class Mlp(Section):
-    """A network of its own on the observations."""
-
-    kind: Literal["mlp"] = "mlp"
-    hidden: list[Positive] = Field([64, 64], description="widths of the hidden layers")
-    learning_rate: Rate = Field(1e-3, description="Adam's step size")
-    epochs: Positive = Field(10, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
-    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
-
-
-class ReferenceHead(Section):
-    """A value head on the frozen reference model's hidden states: it cannot move the policy."""
-
-    kind: Literal["reference_head"] = "reference_head"
-    hidden: list[Positive] = Field([256], description="widths of the head's hidden layers")
-    learning_rate: Rate = Field(1e-3, description="AdamW's step size")
-    epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
-    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-
-
-# ---- update rules
-
-
-class Trpo(Section):
-    """Natural gradient step on the bound of the step KL, with a line search on the exact KL."""
-
-    kind: Literal["trpo"] = "trpo"
-    max_kl: float = Field(0.01, gt=0, description="bound on the mean step KL, nats a token or step")
-    damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
-    cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
-    fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
-    fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(
-        "auto", description="how its products are computed"
-    )
-    backtrack_ratio: float = Field(0.8, gt=0, lt=1, description="factor on the step at each backtrack")
-    max_backtracks: Count = Field(10, description="backtracks before the step is rejected")
-    accept_ratio: Fraction = Field(0.0, description="least share of the predicted gain to accept a step")
-
-
-class PpoClip(Section):
-    """Clipped surrogate, several epochs of Adam a batch (PPO)."""
-
-    kind: Literal["ppo_clip"] = "ppo_clip"
-    clip: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip ...")
-    clip_high: Rate | None = Field(None, description="... and at 1 + clip_high; null: as clip")
-    epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
-    learning_rate: Rate = Field(3e-4, description="Adam's step size")
-    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
-    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
-    target_kl: Rate | None = Field(None, description="step KL that ends the epochs early; null: never")
-
-
-Update = Annotated[Trpo | PpoClip, Field(discriminator="kind")]
-UPDATE = Field(default_factory=Trpo, description="how the policy moves")
 
 
 class Evaluation(Section):
@@ -172,6 +67,13 @@ class Evaluation(Section):
 class ControlEvaluation(Section):
     every: Count = Field(10, description="iterations between evaluations; 0: only at the end")
     count: Positive = Field(20, description="episodes")
+    videos: Count = Field(0, description="episodes of each evaluation that are filmed")
+
+
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]],
+    Field(default_factory=lambda: ["tensorboard"], description="where metrics also go; []: nowhere"),
+]
 
 
 class Checkpoint(Section):
@@ -254,6 +156,7 @@ class LanguageConfig(Section):
     update: Update = UPDATE
     evaluation: Evaluation = Field(default_factory=Evaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    trackers: Trackers
 
     @model_validator(mode="after")
     def _together(self) -> LanguageConfig:
@@ -299,6 +202,8 @@ class LanguageConfig(Section):
 class Environment(Section):
     id: Name = Field(description="gymnasium's name, such as CartPole-v1")
     count: Positive = Field(8, description="environments stepped side by side")
+    arguments: dict[Name, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    backend: Literal["gymnasium", "envpool"] = Field("gymnasium", description="what steps the training environments")
 
 
 class Policy(Section):
@@ -331,12 +236,20 @@ class ControlConfig(Section):
     update: Update = UPDATE
     evaluation: ControlEvaluation = Field(default_factory=ControlEvaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    trackers: Trackers
 
     @model_validator(mode="after")
     def _together(self) -> ControlConfig:
         size = self.environment.count * self.rollout.steps
         problems = _critic_problems(self.advantage.kind, self.critic.kind)
         problems += _minibatch_problems(self, size, f"environment.count * rollout.steps ({size})")
+        if self.evaluation.videos > self.evaluation.count:
+            problems.append(
+                (
+                    "evaluation.videos",
+                    f"must be at most evaluation.count ({self.evaluation.count}), got {self.evaluation.videos}",
+                )
+            )
         if problems:
             raise ConfigError(problems)
         return self

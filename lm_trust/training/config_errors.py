@@ -115,7 +115,7 @@ def _message(item: Any, key: Key, section: type[BaseModel], root: type[BaseModel
     if kind.startswith("union_tag"):
         return _unknown_kind(key, item["input"], root, other)
     if kind == "literal_error":
-        names = typing.get_args(section.model_fields[key[-1]].annotation)
+        names = _literals(section, key)
         return f"must be one of {', '.join(names)}, got {got}{_nearest(item['input'], names)}"
     if kind in _EXPECTED:
         text = " (text)" if isinstance(item["input"], str) else ""
@@ -167,3 +167,10 @@ def _unknown_kind(key: Key, given: Any, root: type[BaseModel], other: type[BaseM
 
 def _world(root: type[BaseModel]) -> str:
     return (root.__doc__ or root.__name__).split(":")[0].removeprefix("A ").lower() + "s"
+
+
+def _literals(section: type[BaseModel], key: Key) -> tuple[str, ...]:
+    """The names that a field, or an item of a list of them, may have."""
+    item = key[-1].isdecimal()
+    annotation = section.model_fields[key[-2] if item else key[-1]].annotation
+    return typing.get_args(typing.get_args(annotation)[0] if item else annotation)

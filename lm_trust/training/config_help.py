@@ -67,7 +67,7 @@ def _entry(name: str, field: FieldInfo) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    return write_yaml(value).strip() if isinstance(value, list) else write_yaml([value]).strip()[1:-1]
+    return write_yaml(value).strip() if isinstance(value, list | dict) else write_yaml([value]).strip()[1:-1]
 
 
 def _wrapped(words: str, indent: str) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.advantages import masked_mean
+from lm_trust.core.adam import adam_step
 from lm_trust.core.batch import Rollout
+from lm_trust.core.linearisation import output_with_pullback, set_gradients
 from lm_trust.core.seeding import make_generator
-from lm_trust.core.surrogate import clipped_value_loss
+from lm_trust.core.surrogate import clipped_value_loss, clipped_value_slope
 
 
 class Critic(Protocol):
@@ -21,7 +22,9 @@ class Critic(Protocol):
 
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]: ...
 
-    def fit(self, rollout: Rollout, returns: Tensor, old_values: Tensor) -> dict[str, float | None]: ...
+    def fit(
+        self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
+    ) -> dict[str, float | None]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -36,7 +39,9 @@ class NoCritic:
         zeros = torch.zeros_like(rollout.rewards)
         return zeros, zeros
 
-    def fit(self, rollout: Rollout, returns: Tensor, old_values: Tensor) -> dict[str, float | None]:
+    def fit(
+        self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
+    ) -> dict[str, float | None]:
         """Nothing to fit."""
         return {"value_loss": None, "explained_variance": None}
 
@@ -54,6 +59,7 @@ class ValueCritic:
     Args:
         network: maps critic inputs (..., F) to values (...).
         learning_rate, weight_decay: AdamW's.
+        anneal: bring the learning rate linearly to zero over the training.
         epochs: passes over the rollout's valid steps.
         minibatches: parts that a pass is cut into.
         clip: see `clipped_value_loss`.
@@ -68,14 +74,18 @@ class ValueCritic:
         epochs: int = 10,
         minibatches: int = 4,
         clip: float | None = None,
+        anneal: bool = False,
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.network = network
+        self._learning_rate, self._anneal = learning_rate, anneal
         self._epochs = epochs
         self._minibatches = minibatches
         self._clip = clip
-        self._optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, eps=1e-5, weight_decay=weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            network.parameters(), lr=learning_rate, eps=1e-5, weight_decay=weight_decay, fused=True
+        )
         self._generator = make_generator(seed, "critic.minibatches")
 
     @torch.no_grad()
@@ -83,26 +93,31 @@ class ValueCritic:
         """Values of each step's state and of the state it led to, (B, T) each."""
         return self.network(rollout.critic_inputs), self.network(rollout.next_critic_inputs)
 
-    def fit(self, rollout: Rollout, returns: Tensor, old_values: Tensor) -> dict[str, float | None]:
-        """Regress on the returns (B, T).
+    def fit(
+        self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
+    ) -> dict[str, float | None]:
+        """Regress on the returns (B, T); `progress` is the fraction of the training done.
 
         Returns:
             value_loss: mean loss of the last pass. explained_variance: of the returns by the values before the fit.
         """
+        if self._anneal:
+            self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 - progress)
         mask = rollout.mask
         inputs, targets, old = rollout.critic_inputs[mask], returns[mask], old_values[mask]
-        for _ in range(self._epochs):
-            total = 0.0
+        parameters = list(self.network.parameters())
+        total = 0.0
+        for epoch in range(self._epochs):
             order = torch.randperm(len(targets), generator=self._generator)
-            for rows in order.chunk(self._minibatches):
-                loss = masked_mean(
-                    clipped_value_loss(self.network(inputs[rows]), old[rows], targets[rows], clip=self._clip),
-                    None,
-                )
-                self._optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self._optimizer.step()
-                total += loss.item() * len(rows)
+            # Gathered once a pass: the minibatches are then views.
+            parts = [each[order].chunk(self._minibatches) for each in (inputs, targets, old)]
+            for some_inputs, some_targets, some_old in zip(*parts, strict=True):
+                values, pullback = output_with_pullback(self.network, some_inputs)
+                slope = clipped_value_slope(values, some_old, some_targets, clip=self._clip)
+                set_gradients(parameters, pullback(slope / len(slope)))
+                adam_step(self._optimizer)
+                if epoch == self._epochs - 1:
+                    total += clipped_value_loss(values, some_old, some_targets, clip=self._clip).sum().item()
         variance = targets.var(unbiased=False).item()
         unexplained = (targets - old).var(unbiased=False).item()
         return {

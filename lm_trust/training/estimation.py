@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lm_trust.core.advantages import gae, group_relative, leave_one_out, masked_whiten, returns_to_go
 from lm_trust.core.batch import Rollout
-from lm_trust.training.config import Gae, GroupRelative, LeaveOneOut, ReturnsToGo
+from lm_trust.training.config_learning import Gae, GroupRelative, LeaveOneOut, ReturnsToGo
 
 AdvantageConfig = Gae | ReturnsToGo | LeaveOneOut | GroupRelative
 

@@ -86,9 +86,10 @@ class Trainer:
 
         values, next_values = self.critic.values(rollout)
         advantages, returns = estimate_advantages(self.advantage, rollout, rewards, values, next_values)
-        batch = _batch(rollout, old, old_log_prob, advantages, progress=self.iteration / self.iterations)
+        progress = self.iteration / self.iterations
+        batch = _batch(rollout, old, old_log_prob, advantages, progress=progress)
         report = self.update.step(self.policy, batch)
-        fitted = self.critic.fit(rollout, returns, values)
+        fitted = self.critic.fit(rollout, returns, values, progress)
         self.task.after_update(self.policy, rollout)
         self.iteration += 1
         ended = time.perf_counter()

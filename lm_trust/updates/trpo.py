@@ -13,9 +13,13 @@ from lm_trust.core.trust_region import StepReport, trust_region_step
 
 @dataclass
 class TRPO:
-    """The trust-region step of the core as an update rule; see `trust_region_step` for each setting."""
+    """The trust-region step of the core as an update rule; see `trust_region_step` for each setting.
+
+    `anneal` brings max_kl linearly to zero over the training.
+    """
 
     max_kl: float = 0.01
+    anneal: bool = False
     damping: float = 0.1
     cg_iterations: int = 10
     backtrack_ratio: float = 0.8
@@ -29,13 +33,14 @@ class TRPO:
 
     def step(self, policy: nn.Module, batch: Batch) -> StepReport:
         """Move the policy in place; the surrogate's old distribution is the policy as it comes."""
+        max_kl = self.max_kl * (1 - batch.progress) if self.anneal else self.max_kl
         report = trust_region_step(
             policy,
             batch.observations,
             batch.actions,
             batch.advantages,
             mask=batch.mask,
-            max_kl=self.max_kl,
+            max_kl=max_kl,
             damping=self.damping,
             cg_iterations=self.cg_iterations,
             backtrack_ratio=self.backtrack_ratio,
@@ -48,17 +53,17 @@ class TRPO:
             reference=batch.reference,
             reference_loss=self.reference_loss,
         )
-        self._first_backtracks = self._next_first_backtracks(report)
+        self._first_backtracks = self._next_first_backtracks(report, max_kl)
         return report
 
-    def _next_first_backtracks(self, report: StepReport) -> int:
+    def _next_first_backtracks(self, report: StepReport, max_kl: float) -> int:
         """Where the next line search starts: where this one ended, or one longer where the bound left room for it.
 
         Steps in a row overshoot alike, and each candidate that fails costs a pass over the whole batch.
         """
         if not report.accepted:
             return 0
-        room = report.step_kl <= self.max_kl * self.backtrack_ratio**2
+        room = report.step_kl <= max_kl * self.backtrack_ratio**2
         return max(report.backtracks - room, 0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Making environments, and refusing by name what cannot be used."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Shaped(gymnasium.Env):
 
     def __init__(self, observation_space, action_space=None, shown=None):
         self.observation_space = observation_space
-        self.action_space = action_space or spaces.Discrete(2)
+        self.action_space = spaces.Discrete(2) if action_space is None else action_space
         self.shown = observation_space.sample() if shown is None else shown
         self.given = []
 
@@ -47,7 +48,8 @@ def refused(call, *words):
 @pytest.mark.parametrize(
     "space",
     [
-        spaces.MultiDiscrete([2, 3]),
+        spaces.MultiDiscrete([[2, 3]]),
+        spaces.MultiBinary([2, 2]),
         spaces.Box(-1, 1, (2, 2)),
         spaces.Box(0, 9, (2,), np.int64),
         spaces.Dict({"a": spaces.Discrete(2)}),
@@ -86,6 +88,30 @@ def test_discrete_actions_count_from_where_the_environment_does():
     for index in range(3):
         environments.step(np.array([index]))
     assert env.given == [-1, 0, 1] and all(env.action_space.contains(action) for action in env.given)
+
+
+@pytest.mark.parametrize(
+    "space, sizes",
+    [
+        (spaces.MultiDiscrete([2, 3, 1], start=[0, -1, 5]), (2, 3, 1)),
+        (spaces.MultiDiscrete([2, 3], dtype=np.int8, start=[126, 0]), (2, 3)),
+        (spaces.MultiBinary(3), (2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_each_dimension_of_a_multi_discrete_action_counts_from_where_the_environment_does(space, sizes):
+    env = Shaped(spaces.Box(-1, 1, (2,)), space)
+    environments = wrap(env)
+    described = environments.action_space
+    assert (described.kind, described.shape, described.sizes) == ("multi_discrete", (len(sizes),), sizes)
+    assert described.size == sum(sizes)
+    combinations = list(itertools.product(*map(range, sizes)))
+    for actions in combinations:
+        environments.step(np.array([actions]))
+    start = getattr(space, "start", np.zeros(len(sizes), int))
+    assert [given.tolist() for given in env.given] == (np.array(combinations) + start).tolist()
+    # Of the space's own type, which gymnasium's check asks for as well as for the values.
+    assert all(space.contains(given) and given.dtype == space.dtype for given in env.given)
 
 
 def test_an_action_box_without_bounds_clips_nothing():

@@ -1,13 +1,17 @@
 """Distributions against torch.distributions, worked figures, sampling and automatic second derivatives."""
 
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 
-from lm_trust.core import Categorical, DiagonalGaussian, kl_estimators
+from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical, kl_estimators
 
 B, T, V, A = 3, 4, 5, 2
+SIZES = (2, 4, 1, 3)
+COMBINATIONS = list(itertools.product(*map(range, SIZES)))
 
 
 def normal(*shape, seed=0):
@@ -16,6 +20,17 @@ def normal(*shape, seed=0):
 
 def two_categoricals(*lead):
     return normal(*lead, V, seed=1) * 1.5, normal(*lead, V, seed=2) * 1.5
+
+
+def two_multi_categoricals(*lead):
+    return normal(*lead, sum(SIZES), seed=1) * 1.5, normal(*lead, sum(SIZES), seed=2) * 1.5
+
+
+def joint(logits):
+    """One categorical over all combinations of the dimensions' actions, in the order of COMBINATIONS."""
+    parts = logits.split(SIZES, dim=-1)
+    combined = [sum(part[..., index] for part, index in zip(parts, each, strict=True)) for each in COMBINATIONS]
+    return torch.distributions.Categorical(logits=torch.stack(combined, dim=-1))
 
 
 def two_gaussians(*lead):
@@ -40,6 +55,39 @@ def test_categorical_agrees_with_torch(lead):
     torch.testing.assert_close(ours.kl(Categorical(other)), expected, rtol=1e-12, atol=1e-12)
     assert ours.log_prob(actions).shape == ours.entropy().shape == ours.kl(Categorical(other)).shape == lead
     assert ours.sample().shape == ours.mode().shape == lead
+
+
+@pytest.mark.parametrize("lead", [(B, T), (7,)])
+def test_multi_categorical_is_the_joint_distribution_of_independent_choices(lead):
+    logits, other = two_multi_categoricals(*lead)
+    ours, theirs = MultiCategorical(logits, SIZES), joint(logits)
+    index = theirs.sample()
+    actions = torch.tensor(COMBINATIONS)[index]
+    torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(index), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.entropy(), theirs.entropy(), rtol=1e-12, atol=1e-12)
+    expected = torch.distributions.kl_divergence(theirs, joint(other))
+    torch.testing.assert_close(ours.kl(MultiCategorical(other, SIZES)), expected, rtol=1e-12, atol=1e-12)
+    likeliest = torch.tensor(COMBINATIONS)[theirs.logits.argmax(-1)]
+    assert torch.equal(ours.mode(), likeliest)
+    assert ours.log_prob(actions).shape == ours.entropy().shape == lead
+    assert ours.sample().shape == (*lead, len(SIZES))
+
+
+def test_multi_categorical_of_one_dimension_is_the_categorical():
+    logits, tangent = normal(B, T, V), normal(B, T, V, seed=2)
+    ours, single = MultiCategorical(logits, [V]), Categorical(logits)
+    actions = single.sample(torch.Generator().manual_seed(1))
+    assert torch.equal(ours.sample(torch.Generator().manual_seed(1)), actions.unsqueeze(-1))
+    assert torch.equal(ours.log_prob(actions.unsqueeze(-1)), single.log_prob(actions))
+    assert torch.equal(ours.fisher_product(tangent), single.fisher_product(tangent))
+
+
+def test_multi_categorical_refuses_what_does_not_fit():
+    logits = normal(B, T, 5)
+    with pytest.raises(RuntimeError, match="split_sizes"):
+        MultiCategorical(logits, [2, 2])
+    with pytest.raises(ValueError, match="longer"):
+        MultiCategorical(logits, [2, 3]).log_prob(torch.zeros(B, T, 3))
 
 
 @pytest.mark.parametrize("lead", [(B, T), (7,)])
@@ -106,8 +154,10 @@ def test_kl_is_taken_under_the_first_distribution():
 def test_kl_and_entropy_by_monte_carlo():
     count = 200_000
     logits, other = (x[0, 0] for x in two_categoricals(1, 1))
+    several, other_several = (x[0, 0].expand(count, -1) for x in two_multi_categoricals(1, 1))
     (mean, log_std), (other_mean, other_log_std) = two_gaussians()
     pairs = [
+        (MultiCategorical(several, SIZES), MultiCategorical(other_several, SIZES)),
         (Categorical(logits.expand(count, V)), Categorical(other.expand(count, V))),
         (
             DiagonalGaussian(mean.expand(count, A), log_std),
@@ -128,6 +178,11 @@ def test_samples_follow_the_probabilities():
     draws = Categorical(logits.expand(count, V)).sample(generator=torch.Generator().manual_seed(1))
     frequency = torch.bincount(draws, minlength=V).double() / count
     torch.testing.assert_close(frequency, logits.softmax(-1), rtol=0, atol=0.01)
+    several = normal(sum(SIZES), seed=1)
+    draws = MultiCategorical(several.expand(count, -1), SIZES).sample(generator=torch.Generator().manual_seed(1))
+    counted = Counter(map(tuple, draws.tolist()))
+    frequency = torch.tensor([counted[each] / count for each in COMBINATIONS], dtype=torch.float64)
+    torch.testing.assert_close(frequency, joint(several).probs, rtol=0, atol=0.005)
     mean, log_std = normal(A, seed=3), 0.5 * normal(A, seed=4)
     gaussian = DiagonalGaussian(mean.expand(count, A), log_std.expand(count, A))
     draws = gaussian.sample(generator=torch.Generator().manual_seed(2))
@@ -138,6 +193,7 @@ def test_samples_follow_the_probabilities():
 def test_a_given_generator_makes_sampling_repeatable_and_the_global_one_is_not_touched():
     for distribution in (
         Categorical(normal(B, T, V)),
+        MultiCategorical(normal(B, T, sum(SIZES)), SIZES),
         DiagonalGaussian(normal(B, T, A), normal(B, T, A, seed=1)),
     ):
         before = torch.get_rng_state()
@@ -208,7 +264,8 @@ def test_very_large_logits_stay_finite():
 
 def test_kl_of_a_distribution_to_itself_is_zero():
     (mean, log_std), _ = two_gaussians(B, T)
-    for one in (Categorical(normal(B, T, V)), DiagonalGaussian(mean, log_std)):
+    several = MultiCategorical(normal(B, T, sum(SIZES)), SIZES)
+    for one in (Categorical(normal(B, T, V)), several, DiagonalGaussian(mean, log_std)):
         assert one.kl(one).abs().max() < 1e-14
 
 
@@ -220,6 +277,16 @@ def test_categorical_fisher_product_is_the_hessian_of_the_kl():
     torch.testing.assert_close(dense, hessian, rtol=1e-10, atol=1e-12)
     probabilities = logits.softmax(-1)
     torch.testing.assert_close(dense, probabilities.diag() - probabilities.outer(probabilities), rtol=1e-10, atol=1e-12)
+
+
+def test_multi_categorical_fisher_product_is_the_hessian_of_the_joint_kl():
+    logits = normal(sum(SIZES), seed=1)
+    old, fixed = MultiCategorical(logits, SIZES), joint(logits)
+    hessian = torch.autograd.functional.hessian(lambda x: torch.distributions.kl_divergence(fixed, joint(x)), logits)
+    dense = torch.stack([old.fisher_product(row) for row in torch.eye(sum(SIZES), dtype=torch.float64)])
+    torch.testing.assert_close(dense, hessian, rtol=1e-10, atol=1e-12)
+    own = torch.autograd.functional.hessian(lambda x: old.kl(MultiCategorical(x, SIZES)), logits)
+    torch.testing.assert_close(dense, own, rtol=1e-10, atol=1e-12)
 
 
 def test_gaussian_fisher_product_is_the_hessian_of_the_kl():
@@ -236,14 +303,30 @@ def test_gaussian_fisher_product_is_the_hessian_of_the_kl():
 def test_fisher_products_are_taken_step_by_step():
     logits, tangent = normal(B, T, V, seed=1), normal(B, T, V, seed=2)
     product = Categorical(logits).fisher_product(tangent)
+    several, several_tangent = two_multi_categoricals(B, T)
+    several_product = MultiCategorical(several, SIZES).fisher_product(several_tangent)
     (mean, log_std), (mean_tangent, std_tangent) = two_gaussians(B, T)
     products = DiagonalGaussian(mean, log_std).fisher_product(mean_tangent, std_tangent)
     for b in range(B):
         for t in range(T):
             torch.testing.assert_close(product[b, t], Categorical(logits[b, t]).fisher_product(tangent[b, t]))
+            expected = MultiCategorical(several[b, t], SIZES).fisher_product(several_tangent[b, t])
+            torch.testing.assert_close(several_product[b, t], expected)
             single = DiagonalGaussian(mean[b, t], log_std[b, t]).fisher_product(mean_tangent[b, t], std_tangent[b, t])
             for whole, part in zip(products, single, strict=True):
                 torch.testing.assert_close(whole[b, t], part)
+
+
+def test_the_score_is_the_gradient_of_the_log_probability():
+    (mean, log_std), _ = two_gaussians(B, T)
+    for one in (
+        Categorical(normal(B, T, V).requires_grad_()),
+        MultiCategorical(normal(B, T, sum(SIZES)).requires_grad_(), SIZES),
+        DiagonalGaussian(mean.requires_grad_(), log_std.requires_grad_()),
+    ):
+        actions = one.sample(torch.Generator().manual_seed(3))
+        expected = torch.autograd.grad(one.log_prob(actions).sum(), one.parameters)
+        torch.testing.assert_close(one.score(actions), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_detach_and_rows():
@@ -251,9 +334,12 @@ def test_detach_and_rows():
     (mean, log_std), _ = two_gaussians(B, T)
     mean.requires_grad_()
     rows = torch.tensor([2, 0])
-    for one in (Categorical(logits), DiagonalGaussian(mean, log_std), DiagonalGaussian(mean, normal(A))):
+    several = MultiCategorical(normal(B, T, sum(SIZES)).requires_grad_(), SIZES)
+    for one in (Categorical(logits), several, DiagonalGaussian(mean, log_std), DiagonalGaussian(mean, normal(A))):
         assert one.entropy().requires_grad or one.kl(one.detach()).requires_grad
         assert not one.detach().kl(one.detach()).requires_grad
+        kept = {parameter.data_ptr() for parameter in one.parameters}
+        assert kept.isdisjoint(parameter.data_ptr() for parameter in one.detach().parameters)
         assert isinstance(one.parameters, tuple)
         torch.testing.assert_close(one[rows].entropy(), one.entropy()[rows])
         torch.testing.assert_close(one[1:3].entropy(), one.entropy()[1:3])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lm_trust.core import Categorical, DiagonalGaussian, FisherOperator
+from lm_trust.core import Categorical, DiagonalGaussian, FisherOperator, MultiCategorical
 
 METHODS = ["gauss_newton", "kl_hessian", "finite_difference", "auto"]
 B, T, D, V, A = 4, 3, 2, 3, 2
@@ -26,6 +26,22 @@ class Discrete(nn.Module):
 
     def distribution(self, observations):
         return Categorical(self(observations))
+
+
+class MultiDiscrete(nn.Module):
+    """Observations (..., D) to independent categoricals over 2 and 3 actions; called, to the 6 pairs' logits."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(D, 3), nn.Linear(3, 5)
+        fill(self, seed)
+
+    def forward(self, observations):
+        logits = self.outer(torch.tanh(self.inner(observations)))
+        return (logits[..., :2, None] + logits[..., None, 2:]).flatten(-2)
+
+    def distribution(self, observations):
+        return MultiCategorical(self.outer(torch.tanh(self.inner(observations))), (2, 3))
 
 
 class Continuous(nn.Module):
@@ -57,6 +73,10 @@ def discrete():
     return Discrete()
 
 
+def multi_discrete():
+    return MultiDiscrete()
+
+
 def continuous():
     return Continuous()
 
@@ -65,7 +85,7 @@ def state_dependent():
     return Continuous(shared=False)
 
 
-POLICIES = [discrete, continuous, state_dependent]
+POLICIES = [discrete, multi_discrete, continuous, state_dependent]
 
 
 def torch_distribution(outputs):

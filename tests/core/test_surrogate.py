@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from lm_trust.core import clipped_surrogate, clipped_value_loss
+from lm_trust.core.surrogate import clipped_surrogate_slope
 
 
-def surrogate(ratio, advantage, clip=0.2):
+def surrogate(ratio, advantage, clip=0.2, clip_high=None):
     """Value of the clipped surrogate at one step, and its derivative with respect to the ratio."""
     log_prob = torch.tensor([math.log(ratio) - 1.3], dtype=torch.float64, requires_grad=True)
-    value = clipped_surrogate(
-        torch.tensor([-1.3], dtype=torch.float64),
-        log_prob,
-        torch.tensor([advantage], dtype=torch.float64),
-        clip=clip,
-    )
+    old_log_prob, advantage = torch.tensor([[-1.3], [advantage]], dtype=torch.float64)
+    value = clipped_surrogate(old_log_prob, log_prob, advantage, clip=clip, clip_high=clip_high)
     (gradient,) = torch.autograd.grad(value.sum(), log_prob)
+    in_closed_form, _ = clipped_surrogate_slope(
+        old_log_prob, log_prob.detach(), advantage, clip=clip, clip_high=clip_high
+    )
+    torch.testing.assert_close(in_closed_form, gradient)
     return value.item(), gradient.item() / ratio
 
 
@@ -36,6 +37,22 @@ def surrogate(ratio, advantage, clip=0.2):
 )
 def test_clipped_surrogate_in_each_case(ratio, advantage, value, slope):
     measured, derivative = surrogate(ratio, advantage)
+    assert measured == pytest.approx(value, rel=1e-12)
+    assert derivative == pytest.approx(slope, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.6, 2.0, 3.0, 0.0),
+        (0.7, 2.0, 1.4, 2.0),
+        (1.6, -2.0, -3.2, -2.0),
+        (0.7, -2.0, -1.6, 0.0),  # the lower side is as it was
+        (1.4, 2.0, 2.8, 2.0),  # outside 1.2, inside 1.5
+    ],
+)
+def test_clipped_surrogate_in_each_case_of_a_band_that_is_wider_above(ratio, advantage, value, slope):
+    measured, derivative = surrogate(ratio, advantage, clip=0.2, clip_high=0.5)
     assert measured == pytest.approx(value, rel=1e-12)
     assert derivative == pytest.approx(slope, rel=1e-12, abs=1e-12)
 

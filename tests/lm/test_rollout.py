@@ -7,7 +7,7 @@ from lm_trust.core.batch import Batch
 from lm_trust.lm.generation import eos_ids
 from lm_trust.lm.rewards import RewardError
 from lm_trust.lm.value_head import ValueHead
-from lm_trust.training.config import Gae
+from lm_trust.training.config_learning import Gae
 from lm_trust.training.critic import NoCritic, ValueCritic
 from lm_trust.training.estimation import estimate_advantages
 from lm_trust.training.trainer import Trainer

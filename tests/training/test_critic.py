@@ -13,7 +13,7 @@ from lm_trust.control.policies import MLPPolicy, value_network
 from lm_trust.control.rollout import ControlTask
 from lm_trust.core.batch import Rollout
 from lm_trust.core.seeding import make_generator
-from lm_trust.training.config import Gae
+from lm_trust.training.config_learning import Gae
 from lm_trust.training.critic import ValueCritic
 from lm_trust.training.trainer import Trainer
 from lm_trust.updates import TRPO

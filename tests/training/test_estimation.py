@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lm_trust.core.batch import Rollout
-from lm_trust.training.config import Gae, GroupRelative, LeaveOneOut, ReturnsToGo
+from lm_trust.training.config_learning import Gae, GroupRelative, LeaveOneOut, ReturnsToGo
 from lm_trust.training.critic import NoCritic
 from lm_trust.training.estimation import estimate_advantages
 

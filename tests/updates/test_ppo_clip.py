@@ -9,6 +9,7 @@ from torch import nn
 
 from lm_trust.core import Categorical, DiagonalGaussian
 from lm_trust.core.batch import Batch
+from lm_trust.core.linearisation import Linearisation
 from lm_trust.updates import PPOClip
 
 B, T, D, V = 8, 5, 3, 4
@@ -196,6 +197,53 @@ def test_what_is_masked_changes_nothing():
     torch.testing.assert_close(vector_of(other), vector_of(policy), rtol=1e-7, atol=1e-9)
     assert two.metrics["clip_fraction"] == pytest.approx(one.metrics["clip_fraction"])
     assert two.step_kl == pytest.approx(one.step_kl, rel=1e-6)
+
+
+class Bandit(nn.Module):
+    """Two actions, the first with the given probability, in every state."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([probability, 1 - probability], dtype=torch.float64).log())
+
+    def distribution(self, observations):
+        return Categorical(self.logits.expand(*observations.shape[:-1], 2))
+
+
+class KnowingBandit(Bandit):
+    """The same with a derivative of its own, so that the rule takes the gradient without autograd."""
+
+    def linearised(self, observations):
+        distribution = self.distribution(observations).detach()
+        return Linearisation(
+            distribution,
+            lambda tangents: (tangents[0].expand_as(distribution.logits),),
+            lambda cotangent: [cotangent.sum(0)],
+        )
+
+
+@pytest.mark.parametrize("advantage", [3.0, -3.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.1, 1.5])
+@pytest.mark.parametrize("kind", [Bandit, KnowingBandit])
+def test_a_policy_beyond_the_band_is_moved_only_back(kind, ratio, advantage):
+    policy, old = kind(0.4 * ratio), kind(0.4).distribution(torch.zeros(1, 1)).detach()
+    actions = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(
+        observations=torch.zeros(1, 1),
+        actions=actions,
+        old=old,
+        old_log_prob=old.log_prob(actions),
+        advantages=torch.tensor([advantage], dtype=torch.float64),
+        mask=torch.ones(1, dtype=torch.bool),
+    )
+    before = policy.logits.detach().clone()
+    report = PPOClip(clip=0.2, epochs=1, minibatches=1, learning_rate=0.01).step(policy, batch)
+    onward = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)
+    gradient = 0.0 if onward else ratio * advantage * (1 - 0.4 * ratio)  # d (r A) / d logit of the action
+    assert report.gradient_norm == pytest.approx(math.sqrt(2) * abs(gradient), rel=1e-9)
+    moved = (policy.logits.detach() - before)[0].item()
+    assert moved == pytest.approx(math.copysign(0.01, gradient) if gradient else 0.0, rel=1e-3)
+    assert report.metrics["clip_fraction"] == (ratio in (0.5, 1.5))
 
 
 def test_a_wider_upper_clip_lets_good_actions_grow_further():

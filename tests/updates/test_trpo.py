@@ -132,3 +132,14 @@ def test_carries_nothing_from_step_to_step():
     fresh.load_state_dict(rule.state_dict())
     fresh.step(other, batch)
     assert torch.equal(vector_of(policy), vector_of(other))
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.75])
+def test_an_annealed_bound_falls_with_the_progress(progress):
+    policy, plain = Policy(), Policy()
+    batch = batch_for(policy)
+    batch.progress = progress
+    report = TRPO(max_kl=0.04, anneal=True).step(policy, batch)
+    expected = TRPO(max_kl=0.04 * (1 - progress)).step(plain, batch)
+    assert torch.equal(vector_of(policy), vector_of(plain)) and report == expected
+    assert 0 < report.step_kl <= 0.04 * (1 - progress)

@@ -1,0 +1,156 @@
+"""The parts of a configuration that say how a run learns: advantage estimators, critics, update rules.
+
+Each is one frozen pydantic model, told apart by its `kind`; both worlds' configurations are put together from them in
+`lm_trust.training.config`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+GROUPED = ("leave_one_out", "group_relative")  # estimators whose baseline is the other samples of a prompt
+
+
+def _whole(value: Any) -> Any:
+    """1e6 is a float in YAML, and what people write for a number of steps."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Positive = Annotated[Whole, Field(gt=0, le=10**12)]  # beyond it a count is a slip, and would overflow
+Count = Annotated[Whole, Field(ge=0, le=10**12)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]
+
+
+class Section(BaseModel):
+    """A mapping of the config: unknown keys and silently converted types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ---- advantage estimators
+
+
+class Gae(Section):
+    """Generalised advantage estimation."""
+
+    kind: Literal["gae"] = "gae"
+    gamma: Fraction = Field(0.99, description="discount a step; 1.0 is usual for language")
+    lam: Fraction = Field(0.95, description="decay of the trace: 0 one-step, 1 Monte Carlo")
+    whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
+
+
+class ReturnsToGo(Section):
+    """Discounted returns to go, less the critic's value where there is a critic."""
+
+    kind: Literal["returns_to_go"] = "returns_to_go"
+    gamma: Fraction = Field(0.99, description="discount a step; 1.0 is usual for language")
+    whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
+
+
+class LeaveOneOut(Section):
+    """A completion's score less the mean of the other completions of its prompt."""
+
+    kind: Literal["leave_one_out"] = "leave_one_out"
+    whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
+
+
+class GroupRelative(Section):
+    """A completion's score less the mean of all completions of its prompt."""
+
+    kind: Literal["group_relative"] = "group_relative"
+    scale: bool = Field(True, description="divide by the standard deviation within the prompt")
+    whiten: bool = Field(False, description="shift and scale a batch's advantages to mean 0, sd 1")
+
+
+# ---- critics
+
+
+class NoCritic(Section):
+    """No value function."""
+
+    kind: Literal["none"] = "none"
+
+
+class Mlp(Section):
+    """A network of its own on the observations."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: list[Positive] = Field([64, 64], description="widths of the hidden layers")
+    learning_rate: Rate = Field(1e-3, description="Adam's step size")
+    epochs: Positive = Field(10, description="passes over an iteration's experience")
+    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+
+
+class ReferenceHead(Section):
+    """A value head on the frozen reference model's hidden states: it cannot move the policy."""
+
+    kind: Literal["reference_head"] = "reference_head"
+    hidden: list[Positive] = Field([256], description="widths of the head's hidden layers")
+    learning_rate: Rate = Field(1e-3, description="AdamW's step size")
+    epochs: Positive = Field(4, description="passes over an iteration's experience")
+    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+
+
+# ---- update rules
+
+
+class Trpo(Section):
+    """Natural gradient step on the bound of the step KL, with a line search on the exact KL."""
+
+    kind: Literal["trpo"] = "trpo"
+    max_kl: float = Field(0.01, gt=0, description="bound on the mean step KL, nats a token or step")
+    anneal: bool = Field(False, description="let the bound fall to 0 over the run")
+    damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
+    cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
+    fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
+    fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(
+        "auto", description="how its products are computed"
+    )
+    backtrack_ratio: float = Field(0.8, gt=0, lt=1, description="factor on the step at each backtrack")
+    max_backtracks: Count = Field(10, description="backtracks before the step is rejected")
+    accept_ratio: Fraction = Field(0.0, description="least share of the predicted gain to accept a step")
+
+
+class PpoClip(Section):
+    """Clipped surrogate, several epochs of Adam a batch (PPO)."""
+
+    kind: Literal["ppo_clip"] = "ppo_clip"
+    clip: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip ...")
+    clip_high: Rate | None = Field(None, description="... and at 1 + clip_high; null: as clip")
+    epochs: Positive = Field(4, description="passes over an iteration's experience")
+    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    learning_rate: Rate = Field(3e-4, description="Adam's step size")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    anneal_entropy: bool = Field(False, description="let the entropy bonus fall to 0 over the run")
+    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+    target_kl: Rate | None = Field(None, description="step KL that ends the epochs early; null: never")
+
+
+class PpoPenalty(Section):
+    """The surrogate less an adaptive multiple of the step KL, several epochs of Adam a batch (PPO)."""
+
+    kind: Literal["ppo_penalty"] = "ppo_penalty"
+    target_kl: Rate = Field(0.01, description="step KL that the multiple is steered to, nats a token or step")
+    beta: Rate = Field(1.0, description="the multiple at first")
+    epochs: Positive = Field(4, description="passes over an iteration's experience")
+    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    learning_rate: Rate = Field(3e-4, description="Adam's step size")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+
+
+Update = Annotated[Trpo | PpoClip | PpoPenalty, Field(discriminator="kind")]
+UPDATE = Field(default_factory=Trpo, description="how the policy moves")
