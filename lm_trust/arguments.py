@@ -21,13 +21,16 @@ examples:
   lm-trust train configs/lm/sentiment_trpo.yaml --update.max_kl 0.02
   lm-trust evaluate runs/sentiment_trpo
   lm-trust generate runs/sentiment_trpo "The film was"
+  lm-trust plot runs/cartpole_trpo runs/cartpole_ppo
 
 `lm-trust COMMAND --help` tells more of each.
 """
 _TRAIN = """\
 Train as the YAML file CONFIG says and write a run folder: config.yaml
 (resolved), metrics.jsonl (a line an iteration), evaluation.json, checkpoints/
-and the policy (adapter/ or policy.safetensors).
+and the policy (adapter/ or policy.safetensors; that of the best evaluation is
+in best/). TensorBoard's files are in tensorboard/ (see the key trackers), and
+a control run's finished episodes in monitor.csv.
 
 Every key of the config can be set here too, by its dotted name; the value is
 YAML. Setting another `kind` replaces that section with the kind's defaults.
@@ -55,6 +58,9 @@ _EVALUATE_EXAMPLES = """\
 examples:
   lm-trust evaluate runs/sentiment_trpo
   lm-trust evaluate runs/cartpole_trpo --count 100
+  lm-trust evaluate runs/cartpole_trpo --videos 3
+  lm-trust evaluate runs/cartpole_trpo --render
+  lm-trust evaluate runs/cartpole_trpo --best
 """
 _GENERATE = """\
 Print completions of a prompt by the language model of a run.
@@ -65,6 +71,17 @@ examples:
   lm-trust generate runs/sentiment_trpo "The film was" --count 4 --seed 1
   lm-trust generate runs/sentiment_trpo "The film was" --reference
   lm-trust generate runs/sentiment_trpo -- "-- a prompt that starts with a dash"
+"""
+_PLOT = """\
+Draw learning curves of several runs into one picture. Runs that differ in
+nothing but their seed are one curve: their mean, with its 95 % interval
+(Student's t). The legend names what differs between the curves.
+"""
+_PLOT_EXAMPLES = """\
+examples:
+  lm-trust plot runs/cartpole_trpo runs/cartpole_ppo
+  lm-trust plot runs/hopper_* --output hopper.png --x seconds
+  lm-trust plot runs/hopper_* --metric evaluation/reward_mean
 """
 _CONFIG = """\
 List every key of a config with its default and its meaning. A config with an
@@ -170,7 +187,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
     )
 
-    evaluate = command("evaluate", "evaluate a trained policy", _EVALUATE, _EVALUATE_EXAMPLES, "RUN [--count N]")
+    evaluate = command(
+        "evaluate",
+        "evaluate a trained policy",
+        _EVALUATE,
+        _EVALUATE_EXAMPLES,
+        "RUN [--count N] [--best]\n                         [--videos N] [--render]",
+    )
     evaluate.add_argument("run", metavar="RUN", help="run folder")
     evaluate.add_argument(
         "--count",
@@ -178,13 +201,22 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="held-out prompts or episodes (default: as in the run's config)",
     )
+    evaluate.add_argument("--best", action="store_true", help="the policy of the run's best evaluation, not its last")
+    evaluate.add_argument(
+        "--videos",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="film the first N episodes of a control run to RUN/videos",
+    )
+    evaluate.add_argument("--render", action="store_true", help="play the episodes of a control run in a window")
 
     generate = command(
         "generate",
         "print completions by a trained language model",
         _GENERATE,
         _GENERATE_EXAMPLES,
-        'RUN "PROMPT" [--count N] [--max-new-tokens N]\n                         [--seed N] [--reference]',
+        'RUN "PROMPT" [--count N] [--max-new-tokens N]\n                         [--seed N] [--best | --reference]',
     )
     generate.add_argument("run", metavar="RUN", help="run folder of a language run")
     generate.add_argument("prompt", metavar="PROMPT", help="text to go on from")
@@ -201,7 +233,28 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the sampling (default: the run's); the same seed, the same text",
     )
-    generate.add_argument("--reference", action="store_true", help="by the model that training started from instead")
+    which = generate.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="by the policy of the run's best evaluation instead")
+    which.add_argument("--reference", action="store_true", help="by the model that training started from instead")
+
+    plot = command(
+        "plot",
+        "draw learning curves of several runs",
+        _PLOT,
+        _PLOT_EXAMPLES,
+        "RUN... [--output FILE.png] [--metric KEY] [--x AXIS]",
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    plot.add_argument("--output", default="curves.png", metavar="FILE.png", help="the picture (default: curves.png)")
+    plot.add_argument(
+        "--metric",
+        default="reward_mean",
+        metavar="KEY",
+        help="a key of metrics.jsonl, or evaluation/KEY for one of the held-out evaluations (default: reward_mean)",
+    )
+    plot.add_argument(
+        "--x", choices=("steps", "iteration", "seconds"), default="steps", help="the other axis (default: steps)"
+    )
 
     config = command("config", "list the keys of a config", _CONFIG, _CONFIG_EXAMPLES, "{language,control}")
     config.add_argument("world", choices=("language", "control"), help="the kind of run")

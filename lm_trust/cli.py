@@ -1,4 +1,4 @@
-"""The command line: `lm-trust train | evaluate | generate | config`.
+"""The command line: `lm-trust train | evaluate | generate | plot | config`.
 
 What can be checked without loading a model is checked before anything heavy is imported, and what is wrong is
 told in `error:` lines on stderr with status 2. A run that a signal stopped exits with 130 (Ctrl-C) or 143
@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "total_steps",
     "evaluation.",
     "checkpoint.",
+    "trackers",
     "rollout.microbatch_size",
     "model.path",
     "model.adapter",
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = make_parser().parse_args(given)
         if parsed.command == "train":
             return _train(parsed, overrides)
-        return {"evaluate": _evaluate, "generate": _generate, "config": _config}[parsed.command](parsed)
+        commands = {"evaluate": _evaluate, "generate": _generate, "plot": _plot, "config": _config}
+        return commands[parsed.command](parsed)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from lm_trust.training.config_file import load_config
+    from lm_trust.training.trackers import check_installed
 
     if parsed.output == "":
         raise UserError("--output: must not be empty")
@@ -77,6 +80,7 @@ def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         config = load_config(parsed.config or resume / "config.yaml", overrides)
         _check_unchanged(config, load_config(resume / "config.yaml", check_files=False), resume)
     config = config.model_copy(update={"output": str(output)})
+    check_installed(config.trackers)
 
     from lm_trust.training.run import train
 
@@ -91,7 +95,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
     from lm_trust.training.run import evaluate
 
-    return evaluate(run, parsed.count)
+    return evaluate(run, parsed.count, parsed.best, videos=parsed.videos, render=parsed.render)
 
 
 def _generate(parsed: argparse.Namespace) -> int:
@@ -106,7 +110,19 @@ def _generate(parsed: argparse.Namespace) -> int:
 
     from lm_trust.training.run import generate
 
-    return generate(run, parsed.prompt, parsed.count, parsed.max_new_tokens, parsed.seed, parsed.reference)
+    return generate(run, parsed.prompt, parsed.count, parsed.max_new_tokens, parsed.seed, parsed.reference, parsed.best)
+
+
+def _plot(parsed: argparse.Namespace) -> int:
+    runs = [_run_folder(run) for run in parsed.runs]
+
+    from lm_trust.training.compare_curves import plot_runs
+
+    output = Path(parsed.output).expanduser()
+    for line in plot_runs(runs, output, metric=parsed.metric, x=parsed.x):
+        print(line)
+    print(f"Picture: {output}")
+    return 0
 
 
 def _config(parsed: argparse.Namespace) -> int:
@@ -140,7 +156,9 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     """A resumed run is the same run: only what does not touch its course may change."""
     if type(config) is not type(saved):
         raise UserError(f"--resume: {run} is a run of the other world; give its own CONFIG, or none")
-    now, then = _leaves(config.model_dump()), _leaves(saved.model_dump())
+    from lm_trust.training.config_leaves import leaves
+
+    now, then = leaves(config.model_dump()), leaves(saved.model_dump())
     changed = [
         f"--resume: {key} is {then.get(key)!r} in {run} and {now.get(key)!r} here; "
         "it cannot change in a resumed run, start a new one instead"
@@ -149,10 +167,3 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     ]
     if changed:
         raise UserError("\n".join(changed))
-
-
-def _leaves(section: dict, at: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
-    for name, value in section.items():
-        leaves |= _leaves(value, f"{at}{name}.") if isinstance(value, dict) else {f"{at}{name}": value}
-    return leaves

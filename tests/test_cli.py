@@ -28,7 +28,7 @@ CONTROL = """\
 total_steps: 1000
 environment: {id: CartPole-v1}
 """
-COMMANDS = ([], ["train"], ["evaluate"], ["generate"], ["config"])
+COMMANDS = ([], ["train"], ["evaluate"], ["generate"], ["plot"], ["config"])
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def calls(folder, monkeypatch):
     record = []
 
     def taker(name, status):
-        return lambda *arguments: record.append((name, *arguments)) or status
+        return lambda *arguments, **options: record.append((name, *arguments, *options.values())) or status
 
     runner = types.ModuleType("lm_trust.training.run")
     runner.train, runner.evaluate, runner.generate = (
@@ -297,7 +297,7 @@ def test_resume_refuses_what_would_make_it_another_run(calls, capsys):
 def test_resume_may_change_what_does_not_touch_its_course(calls):
     make_run("runs/first", "lm.yaml")
     Path("prompts.jsonl").rename("moved.jsonl")
-    changes = ["--evaluation.every", "2", "--checkpoint.keep_last", "5", "--rollout.microbatch_size", "4"]
+    changes = ["--trackers=[]", "--evaluation.every=2", "--checkpoint.keep_last", "5", "--rollout.microbatch_size", "4"]
     assert main(["train", "--resume", "runs/first", "--prompts.path", "moved.jsonl", *changes]) == 143
     assert calls[0][1].rollout.microbatch_size == 4
 
@@ -316,8 +316,8 @@ def test_a_folder_without_a_run(command, calls, capsys):
 def test_evaluate(calls, capsys):
     run = make_run("runs/first", "control.yaml")
     assert main(["evaluate", "runs/first"]) == 0
-    assert main(["evaluate", "runs/first", "--count", "5"]) == 0
-    assert calls == [("evaluate", run, None), ("evaluate", run, 5)]
+    assert main(["evaluate", "runs/first", "--count", "5", "--best", "--videos", "3", "--render"]) == 0
+    assert calls == [("evaluate", run, None, False, 0, False), ("evaluate", run, 5, True, 3, True)]
     (line,) = refused(capsys, "evaluate", "runs/first", "--count", "0")
     assert "expected a whole number of 1 or more, got '0'" in line
 
@@ -329,9 +329,13 @@ def test_generate(calls, capsys):
     options = ["--count", "2", "--max-new-tokens", "7", "--seed", "0", "--reference"]
     assert main(["generate", "runs/first", *options, "--", "-1 star"]) == 0
     assert calls == [
-        ("generate", run, "The film", 1, None, None, False),
-        ("generate", run, "-1 star", 2, 7, 0, True),
+        ("generate", run, "The film", 1, None, None, False, False),
+        ("generate", run, "-1 star", 2, 7, 0, True, False),
     ]
+    assert main(["generate", "runs/first", "The film", "--best"]) == 0
+    assert calls[-1][-2:] == (False, True)
+    (line,) = refused(capsys, "generate", "runs/first", "The film", "--best", "--reference")
+    assert "not allowed with" in line
     assert refused(capsys, "generate", "runs/first", "") == ["PROMPT: must not be empty"]
     make_run("runs/control", "control.yaml")
     assert refused(capsys, "generate", "runs/control", "x") == [

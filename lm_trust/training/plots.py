@@ -71,10 +71,7 @@ def learning_curve(
         axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
         figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", parse_math=False)
         for axis in axes:
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-            axis.tick_params(length=3)
-            axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+            tidy(axis)
         evaluated = "held out" if language else "evaluation"
         _draw_reward(axes[0], metrics, reward_label, evaluations or [], f"{evaluated}, 95 % interval")
         _draw_step_kl(axes[1], metrics, step_kl_bound, f"step KL\n(nats per {step})")
@@ -86,7 +83,15 @@ def learning_curve(
         figure.align_ylabels(axes)
         picture = io.BytesIO()
         canvas.print_png(picture, metadata={"Software": None})
-    _write_atomically(Path(path), picture.getvalue())
+    write_atomically(Path(path), picture.getvalue())
+
+
+def tidy(axis: Axes) -> None:
+    """The look of every panel: no box, faint horizontal lines, few round numbers."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axis.tick_params(length=3)
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _draw_reward(axis: Axes, metrics: Sequence[Line], label: str, evaluations: Sequence[Line], evaluated: str) -> None:
@@ -197,7 +202,8 @@ def _say_nothing_known(axis: Axes) -> None:
     axis.text(0.5, 0.5, "no values", transform=axis.transAxes, ha="center", va="center", color=GREY)
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the file, whole or not at all; its folder is made where it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

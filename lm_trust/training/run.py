@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from lm_trust.errors import UserError
+from lm_trust.training.best import best_folder
 from lm_trust.training.build import World, build_language_policy, build_tokenizer, build_world
 from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
 from lm_trust.training.config import Config, LanguageConfig
@@ -16,9 +16,11 @@ from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.interruption import Interruption
 from lm_trust.training.plots import learning_curve
 from lm_trust.training.progress import Progress
+from lm_trust.training.recording import Recorder
 from lm_trust.training.run_folder import RunFolder
 from lm_trust.training.summary import print_summary
 from lm_trust.training.trainer import Trainer
+from lm_trust.training.watching import check_videos, film_iteration, to_watch, watch
 
 
 def train(config: Config, output: Path, resume: Path | None = None) -> int:
@@ -42,15 +44,16 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
     world = build_world(config)
     trainer = world.trainer
     try:
+        check_videos(config)
         if resume is not None:
             _restore(trainer, RunFolder(resume).checkpoints)
             folder.forget_after(trainer.iteration)
         folder.write_config(dump(config))
-        with Interruption() as interruption:
+        with Recorder(config, world, folder, resumed=resume is not None) as recorder, Interruption() as interruption:
             if world.kind == "language" and trainer.iteration == 0:
                 console.print("Evaluating the policy before training ...", highlight=False)
-                folder.write_evaluation({"before": trainer.task.evaluate(trainer.policy, config.evaluation.count)})
-            _iterate(config, world, folder, console, interruption)
+                recorder.evaluation_before(trainer.task.evaluate(trainer.policy, config.evaluation.count))
+            _iterate(config, world, folder, recorder, console, interruption)
             if interruption.signal is not None:
                 _save(config, world, folder)
                 console.print(
@@ -60,26 +63,37 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
                     soft_wrap=True,
                 )
                 return interruption.exit_status
-            _finish(config, world, folder, console)
+            _finish(config, world, folder, recorder, console)
         return 0
     finally:
         trainer.task.close()
 
 
-def evaluate(run: Path, count: int | None = None) -> int:
+def evaluate(run: Path, count: int | None = None, best: bool = False, *, videos: int = 0, render: bool = False) -> int:
     """Evaluate a run's policy anew and print the table; language: beside what the run noted from before training.
 
+    Args:
+        run: its folder.
+        count: episodes or completions; as in the run's configuration where None.
+        best: the policy of the best evaluation instead of the last one.
+        videos: control: how many of the episodes, from the first, are filmed to `videos/` in the folder.
+        render: control: play the episodes in a window, one after another.
+
     Raises:
-        UserError: the folder is not that of a run.
+        UserError: the folder is not that of a run, has no best policy, or cannot be shown.
     """
-    config = _config_of(run)
+    config, console = _config_of(run), Console()
+    policy = best_folder(run) if best else run
+    count = count or config.evaluation.count
+    config = to_watch(config, run, count=count, videos=videos, render=render)
     world = build_world(config)
-    world.load_policy(run)
+    world.load_policy(policy)
     trainer = world.trainer
     record = RunFolder(run).evaluation()
     sides = {"before": record["before"]} if "before" in record else {}
-    sides["after"] = trainer.task.evaluate(trainer.policy, count or config.evaluation.count)
-    print_summary(sides, Console(), world=world.kind)
+    sides["after"] = trainer.task.evaluate(trainer.policy, count)
+    print_summary(sides, console, world=world.kind)
+    watch(config, trainer.task, run, videos=videos, render=render, console=console)
     trainer.task.close()
     return 0
 
@@ -91,8 +105,9 @@ def generate(
     max_new_tokens: int | None = None,
     seed: int | None = None,
     reference: bool = False,
+    best: bool = False,
 ) -> int:
-    """Print completions of a prompt by a run's policy, or by its frozen reference.
+    """Print completions of a prompt by a run's last policy, by its best one, or by its frozen reference.
 
     Raises:
         UserError: the folder is not that of a language run, or the prompt does not fit the model.
@@ -118,7 +133,7 @@ def generate(
     tokenizer, context = build_tokenizer(config)
     ids = encode(tokenizer, Prompts([prompt], {}, "prompt", "row", [1]), context=context, max_new_tokens=limit)
     policy = build_language_policy(config)
-    load_trained(policy, run / "adapter")
+    load_trained(policy, (best_folder(run) if best else run) / "adapter")
     with policy.as_reference() if reference else nullcontext():
         completions = sample_completions(
             policy,
@@ -148,7 +163,9 @@ def _restore(trainer: Trainer, checkpoints: Path) -> None:
         raise UserError(f"--resume: {checkpoints} is of another model or configuration ({reason})") from error
 
 
-def _iterate(config: Config, world: World, folder: RunFolder, console: Console, interruption: Interruption) -> None:
+def _iterate(
+    config: Config, world: World, folder: RunFolder, recorder: Recorder, console: Console, interruption: Interruption
+) -> None:
     trainer = world.trainer
     with Progress(
         trainer.iterations,
@@ -166,15 +183,16 @@ def _iterate(config: Config, world: World, folder: RunFolder, console: Console, 
                     if isinstance(error, UserError):
                         raise _with_checkpoint(error, f"iteration {trainer.iteration + 1}") from error
                 raise
-            folder.append_metrics(metrics)
+            recorder.iteration(metrics)
             progress.update(metrics)
             if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
                 try:
                     record = trainer.task.evaluate(trainer.policy, config.evaluation.count)
+                    recorder.evaluation(record)
+                    film_iteration(config, world, folder.path)
                 except UserError as error:
                     _save(config, world, folder)
                     raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
-                folder.append_evaluation(_evaluation_line(trainer.iteration, trainer.task.steps, record))
             if _due(config.checkpoint.every, trainer.iteration, trainer.iterations):
                 _save(config, world, folder)
 
@@ -183,18 +201,17 @@ def _with_checkpoint(error: UserError, when: str) -> UserError:
     return UserError(f"{error} ({when}; a checkpoint was written)")
 
 
-def _finish(config: Config, world: World, folder: RunFolder, console: Console) -> None:
+def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder, console: Console) -> None:
     """Save the policy, evaluate it held out, draw the learning curve, print the table."""
     trainer = world.trainer
     _save(config, world, folder)
     after = trainer.task.evaluate(trainer.policy, config.evaluation.count)
-    folder.write_evaluation(folder.evaluation() | {"after": after})
-    evaluations = [line for line in folder.evaluations() if line["iteration"] < trainer.iteration] + [
-        _evaluation_line(trainer.iteration, trainer.task.steps, after)
-    ]
+    recorder.evaluation_after(after)
+    evaluations = [line for line in folder.evaluations() if line["iteration"] < trainer.iteration]
+    evaluations.append(recorder.evaluation_line(after))
     before = folder.evaluation().get("before")
     if before is not None:
-        evaluations.insert(0, _evaluation_line(0, 0, before))
+        evaluations.insert(0, {"iteration": 0, "steps": 0, **before})
     with folder.writing(folder.learning_curve.name):
         learning_curve(
             folder.metrics(),
@@ -205,6 +222,7 @@ def _finish(config: Config, world: World, folder: RunFolder, console: Console) -
             evaluations=evaluations,
         )
     print_summary(folder.evaluation(), console, world=world.kind)
+    film_iteration(config, world, folder.path)
     console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
 
 
@@ -223,11 +241,3 @@ def _save(config: Config, world: World, folder: RunFolder) -> None:
 def _due(every: int, iteration: int, iterations: int) -> bool:
     """The end has its own evaluation and checkpoint."""
     return bool(every) and iteration % every == 0 and iteration < iterations
-
-
-def _evaluation_line(iteration: int, steps: int, record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "iteration": iteration,
-        "steps": steps,
-        **{key: value for key, value in record.items() if key != "samples"},
-    }

@@ -1,7 +1,8 @@
 """A run's folder: what is written where, and how it is read back.
 
 config.yaml (resolved), metrics.jsonl (a line an iteration), evaluations.jsonl (a line a periodic evaluation),
-evaluation.json (held out, before and after), learning_curve.png, checkpoints/, and the trained policy.
+evaluation.json (held out, before and after), learning_curve.png, checkpoints/, the trained policy and, under best/, the
+one of the best evaluation. Other modules add monitor.csv (control: a line an episode) and tensorboard/.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """The resolved configuration."""
-        self._replace("config.yaml", text)
+        self.replace("config.yaml", text)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers that are not finite become null."""
@@ -79,7 +80,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             kept = [line for line in self._lines(name) if line["iteration"] <= iteration]
             if (self.path / name).exists():
-                self._replace(name, "".join(_line(line) for line in kept))
+                self.replace(name, "".join(_line(line) for line in kept))
 
     def evaluation(self) -> dict[str, Any]:
         """evaluation.json, empty where there is none yet."""
@@ -88,7 +89,7 @@ class RunFolder:
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """evaluation.json, whole or not at all."""
-        self._replace("evaluation.json", json.dumps(_finite(evaluation), indent=2) + "\n")
+        self.replace("evaluation.json", json_text(evaluation))
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with self.writing(name), (self.path / name).open("a", encoding="utf-8") as file:
@@ -105,11 +106,17 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
-    def _replace(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str) -> None:
+        """Write the file of that name, whole or not at all."""
         temporary = self.path / f".{name}.tmp"
         with self.writing(name):
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self.path / name)
+
+
+def json_text(record: dict[str, Any]) -> str:
+    """A JSON file's text, to be read by people too; numbers that are not finite become null."""
+    return json.dumps(_finite(record), indent=2) + "\n"
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -414,7 +414,7 @@ def test_the_folder_of_a_language_run(runs):
         assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
         assert {path.name for path in run.iterdir()} == {
             *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "learning_curve.png"),
-            *("adapter", "checkpoints"),
+            *("adapter", "best", "checkpoints", "tensorboard"),
         }
         lines = runs.metrics(run)
         assert len(lines) == 4 and all(line.keys() >= SHARED | OF_LANGUAGE for line in lines)
@@ -436,6 +436,7 @@ def test_the_folder_of_a_control_run(runs):
     run = runs.train("run", "control", update=PPO, normalise={"observations": True})
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "evaluation.json", "learning_curve.png", "policy.safetensors", "checkpoints"),
+        *("best", "monitor.csv", "tensorboard"),
     }
     assert load_config(run / "config.yaml").environment.id == "CartPole-v1"
     lines = runs.metrics(run)
