@@ -18,8 +18,8 @@ from torch import nn
 
 from lm_trust.core import distributions, trust_region
 from lm_trust.core.batch import Batch
+from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import trainable_parameters
-from lm_trust.core.trust_region import SurrogateObjective
 from lm_trust.training import trainer as trainer_module
 from lm_trust.training.trainer import Trainer
 

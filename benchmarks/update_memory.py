@@ -25,8 +25,8 @@ def measure(model: str, tokens: int) -> tuple[float, int]:
     """MiB that the work adds, and V."""
     import torch
 
+    from lm_trust.core.objective import SurrogateObjective
     from lm_trust.core.parameters import trainable_parameters
-    from lm_trust.core.trust_region import SurrogateObjective
     from lm_trust.lm.generation import complete
     from lm_trust.lm.loading import load_policy
 

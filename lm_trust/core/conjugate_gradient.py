@@ -18,6 +18,7 @@ class ConjugateGradientResult:
         iterations: products with A that entered the solution.
         residual_norm: |b - (A + damping I) x|, by the recurrence.
         curvature: x' A x, without the damping.
+        product: (P,) A x, without the damping.
         stopped: "converged", "max_iterations", "zero" (b is zero), "negative_curvature" or "non_finite".
     """
 
@@ -25,6 +26,7 @@ class ConjugateGradientResult:
     iterations: int
     residual_norm: float
     curvature: float
+    product: Tensor
     stopped: str
 
 
@@ -51,11 +53,11 @@ def conjugate_gradient(
             damped numbers would lose it to rounding once A is small beside the damping.
         preconditioner: v -> M^-1 v for an approximation M of the damped A, symmetric positive definite.
     """
-    largest = b.abs().max()
+    largest, zero = b.abs().max(), torch.zeros_like(b)
     if not torch.isfinite(largest):
-        return ConjugateGradientResult(torch.zeros_like(b), 0, float("nan"), 0.0, "non_finite")
+        return ConjugateGradientResult(zero, 0, float("nan"), 0.0, zero, "non_finite")
     if largest == 0:
-        return ConjugateGradientResult(torch.zeros_like(b), 0, 0.0, 0.0, "zero")
+        return ConjugateGradientResult(zero, 0, 0.0, 0.0, zero, "zero")
 
     # Solving for b at unit size keeps squared norms in range for gradients of any size.
     unit = b / largest
@@ -96,5 +98,6 @@ def conjugate_gradient(
         iterations=iterations,
         residual_norm=float(residual.norm()) * float(largest),
         curvature=float(x.dot(undamped_x)) * float(largest) * float(largest),
+        product=undamped_x * largest,
         stopped=stopped,
     )

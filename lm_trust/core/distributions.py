@@ -236,7 +236,7 @@ def per_step(function: Callable[..., Any], distributions: Sequence[Distribution]
 
     Args:
         function: of the distributions and of the tensors, in this order, to one (B, T) tensor or to a tuple of them,
-            each step's from that step alone. Only the first may be differentiated.
+            each step's from that step alone. Detach what needs no gradient: for all others one is computed and kept.
         distributions: at the same (B, T) steps.
         tensors: (B, T, ...).
     """

@@ -116,31 +116,34 @@ class VocabularyCategorical:
     def per_step(
         self, function: Callable[..., Any], others: Sequence[VocabularyCategorical], *tensors: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
-        """`lm_trust.core.distributions.per_step`, a chunk of tokens at a time; each chunk's logits are computed once.
-
-        Where the function's tensors are a tuple, only the first can be differentiated.
-        """
+        """`lm_trust.core.distributions.per_step`, a chunk of tokens at a time; its logits are computed once."""
         distributions = (self, *others)
         flat = [tensor.reshape(-1, *tensor.shape[self.hidden.ndim - 1 :]) for tensor in tensors]
+        is_tuple = False
 
         def chunk(rows: slice, *hidden: Tensor) -> tuple[Tensor, ...]:
             own = [Categorical(d._logits(state)) for d, state in zip(distributions, hidden, strict=True)]
+            nonlocal is_tuple
             values = function(*own, *(tensor[rows] for tensor in flat))
-            return values if isinstance(values, tuple) else (values,)
+            is_tuple = isinstance(values, tuple)
+            return values if is_tuple else (values,)
 
         values = _PerToken.apply(chunk, list(self._chunks()), *(distribution.hidden for distribution in distributions))
-        return values if len(values) > 1 else values[0]
+        return values if is_tuple else values[0]
 
 
 class _PerToken(torch.autograd.Function):
-    """Chunked evaluation of per-token scalars of hidden states, with each token's gradient kept from the forward."""
+    """Chunked evaluation of per-token scalars of hidden states, with each token's gradients kept from the forward.
+
+    One gradient is kept for each pair of an output that has a graph and an input that needs one.
+    """
 
     @staticmethod
     def forward(ctx: Any, chunk: Callable[..., Any], chunks: list[slice], *hidden: Tensor) -> tuple[Tensor, ...]:
         needed = [index for index, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
         flat = [state.reshape(-1, state.shape[-1]) for state in hidden]
         values: list[tuple[Tensor, ...]] = []
-        gradients = [torch.empty_like(flat[index]) for index in needed]
+        gradients: dict[tuple[int, int], Tensor] = {}
         for rows in chunks:
             inputs = [state[rows].detach() for state in flat]
             for index in needed:
@@ -148,19 +151,29 @@ class _PerToken(torch.autograd.Function):
             with torch.set_grad_enabled(bool(needed)):
                 outputs = chunk(rows, *inputs)
             values.append(tuple(output.detach() for output in outputs))
-            if needed:
-                wanted = [inputs[index] for index in needed]
-                parts = torch.autograd.grad(outputs[0], wanted, torch.ones_like(outputs[0]), materialize_grads=True)
-                for gradient, part in zip(gradients, parts, strict=True):
-                    gradient[rows] = part
-        ctx.needed = needed
-        ctx.save_for_backward(*(part.view_as(hidden[index]) for part, index in zip(gradients, needed, strict=True)))
+            live = [number for number, output in enumerate(outputs) if output.requires_grad]
+            for number in live:
+                parts = torch.autograd.grad(
+                    outputs[number],
+                    [inputs[index] for index in needed],
+                    torch.ones_like(outputs[number]),
+                    retain_graph=number != live[-1],
+                    materialize_grads=True,
+                )
+                for index, part in zip(needed, parts, strict=True):
+                    if (number, index) not in gradients:
+                        gradients[number, index] = torch.empty_like(flat[index])
+                    gradients[number, index][rows] = part
+        ctx.kept = list(gradients)
+        ctx.save_for_backward(*(part.view_as(hidden[index]) for (_, index), part in gradients.items()))
+        ctx.set_materialize_grads(False)
         result = tuple(torch.cat(parts).view(hidden[0].shape[:-1]) for parts in zip(*values, strict=True))
-        ctx.mark_non_differentiable(*result[1:])
+        differentiated = {number for number, _ in gradients}
+        ctx.mark_non_differentiable(*(each for number, each in enumerate(result) if number not in differentiated))
         return result
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *undifferentiated: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         # Autograd would take the kept gradients for constants, and a second derivative would lack their part.
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -168,6 +181,8 @@ class _PerToken(torch.autograd.Function):
                 "take `dense()`"
             )
         result: list[Any] = [None] * len(ctx.needs_input_grad)
-        for index, gradient in zip(ctx.needed, ctx.saved_tensors, strict=True):
-            result[2 + index] = gradient * upstream.unsqueeze(-1)
+        for (number, index), gradient in zip(ctx.kept, ctx.saved_tensors, strict=True):
+            if upstream[number] is not None:
+                part = gradient * upstream[number].unsqueeze(-1)
+                result[2 + index] = part if result[2 + index] is None else result[2 + index] + part
         return tuple(result)

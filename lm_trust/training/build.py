@@ -134,10 +134,16 @@ def _language_world(config: LanguageConfig) -> World:
         policy,
         task,
         critic,
-        _update(config, microbatch_size=rollout.microbatch_size, reference_loss=config.reference.loss),
+        _update(
+            config,
+            microbatch_size=rollout.microbatch_size,
+            reference_loss=config.reference.loss,
+            reference_budget=config.reference.budget,
+        ),
         config.advantage,
         iterations=config.iterations,
         reference_penalty=config.reference.penalty,
+        adaptive_penalty=config.reference.adaptive,
     )
     return World(
         "language",

@@ -44,11 +44,6 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def _no_budget(value: Any) -> None:
-    if value is not None:
-        raise ValueError("a hard bound is not available yet; use reference.penalty or reference.loss")
-
-
 def _reward_name(value: Any) -> Any:
     if isinstance(value, str) and value not in BUILTIN_REWARDS and not _REWARD_PATH.fullmatch(value):
         names = ", ".join(BUILTIN_REWARDS)
@@ -126,10 +121,18 @@ class Reward(Section):
     dense: bool = Field(False, description="pay each token its change of the score so far")
 
 
+class AdaptivePenalty(Section):
+    """Steer the penalty to a reference KL (Ziegler et al. 2019); reference.penalty is where it starts."""
+
+    target: Rate = Field(description="the reference KL to hold, nats a sequence")
+    horizon: Positive = Field(description="completions over which a KL 10 % off changes the penalty by 10 %")
+
+
 class Reference(Section):
     penalty: float = Field(0.0, ge=0, description="coefficient of the KL to the start, in the reward")
     loss: float = Field(0.0, ge=0, description="coefficient of the exact KL, in the objective")
-    budget: Annotated[None, BeforeValidator(_no_budget)] = Field(None, description="not available yet")
+    budget: Rate | None = Field(None, description="hard bound on the exact KL, nats a sequence; null: none")
+    adaptive: AdaptivePenalty | None = Field(None, description="null: the penalty stays as it is")
 
 
 def _default_critic(validated: dict[str, Any]) -> NoCritic | ReferenceHead:
@@ -189,6 +192,10 @@ class LanguageConfig(Section):
                     "rollout.limit_penalty",
                     f"has no effect with rollout.at_limit {rollout.at_limit}; use penalise",
                 )
+            )
+        if self.reference.adaptive is not None and not self.reference.penalty:
+            problems.append(
+                ("reference.penalty", "must be greater than 0 with reference.adaptive, which starts from it")
             )
         problems += _minibatch_problems(self, rollout.batch_size, f"rollout.batch_size ({rollout.batch_size})")
         if problems:

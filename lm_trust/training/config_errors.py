@@ -53,13 +53,13 @@ def shown(value: Any) -> str:
 
 
 def variants(annotation: Any) -> dict[str | None, type[BaseModel]]:
-    """The sections a field may hold, by their `kind`; {None: section} without a choice, {} for a value."""
+    """The sections a field may hold, by their `kind`; {None: section} where there is one (or null), {} for a value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {None: annotation}
     if typing.get_origin(annotation) is list:
         return variants(typing.get_args(annotation)[0])
     models = [one for arm in typing.get_args(annotation) for one in variants(arm).values()]
-    return {model.model_fields["kind"].default: model for model in models if "kind" in model.model_fields}
+    return {model.model_fields["kind"].default if "kind" in model.model_fields else None: model for model in models}
 
 
 def keys_of(model: type[BaseModel], at: Key = ()) -> Iterator[Key]:

@@ -38,6 +38,8 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
         yield ""
         if kind is None:
             yield f"{name} (a list of these, {name}.0 the first)" if is_list else name
+            if field.default is None:
+                yield from _wrapped(f"{section.__doc__} {field.description}", "  ")
         else:
             is_default = kind == getattr(default, "kind", None)
             yield f"{name}, kind: {kind}{' (the default)' if is_default else ''}"

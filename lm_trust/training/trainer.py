@@ -18,8 +18,10 @@ from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.core.trust_region import StepReport
+from lm_trust.training.config import AdaptivePenalty
 from lm_trust.training.critic import Critic
 from lm_trust.training.estimation import AdvantageConfig, estimate_advantages
+from lm_trust.training.penalty import adapted_penalty
 
 
 class Task(Protocol):
@@ -62,6 +64,7 @@ class Trainer:
         advantage: the estimator's configuration.
         iterations: how many there will be, for schedules.
         reference_penalty: coefficient of log(policy / reference), a token's k1, taken off its reward.
+        adaptive_penalty: how that coefficient changes after each iteration; None: not at all.
     """
 
     policy: nn.Module
@@ -71,6 +74,7 @@ class Trainer:
     advantage: AdvantageConfig
     iterations: int
     reference_penalty: float = 0.0
+    adaptive_penalty: AdaptivePenalty | None = None
     iteration: int = 0
     _task_before_collect: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
@@ -91,6 +95,11 @@ class Trainer:
         report = self.update.step(self.policy, batch)
         fitted = self.critic.fit(rollout, returns, values, progress)
         self.task.after_update(self.policy, rollout)
+        if self.adaptive_penalty is not None:
+            metrics["reference_penalty"] = self.reference_penalty
+            self.reference_penalty = adapted_penalty(
+                self.adaptive_penalty, self.reference_penalty, metrics["reference_kl"], len(rollout.actions)
+            )
         self.iteration += 1
         ended = time.perf_counter()
         return {
@@ -141,6 +150,7 @@ class Trainer:
             "task": self.task.state_dict() if self._task_before_collect is None else self._task_before_collect,
             "critic": self.critic.state_dict(),
             "update": self.update.state_dict(),
+            "reference_penalty": self.reference_penalty,
         }
 
     @torch.no_grad()
@@ -155,6 +165,8 @@ class Trainer:
         self.critic.load_state_dict(state["critic"])
         self.update.load_state_dict(state["update"])
         self.task.load_state_dict(state["task"])
+        if self.adaptive_penalty is not None:  # a fixed one is what the configuration says now
+            self.reference_penalty = state["reference_penalty"]
 
 
 def _scores(old: Distribution, *given: Any) -> tuple[Tensor, ...]:

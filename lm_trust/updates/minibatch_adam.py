@@ -1,6 +1,7 @@
 """Epochs of minibatch Adam on one batch, certified after the fact: what the PPO family shares.
 
-Such a rule bounds nothing by itself; its report measures, on all valid steps, how far it went.
+Such a rule bounds nothing by itself; its report measures, on all valid steps, how far it went. Only a budget of the
+reference KL is kept, by shortening the whole move where the epochs went over it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ from torch import Tensor, nn
 from lm_trust.core.adam import adam_step
 from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch, row_chunks
+from lm_trust.core.budget import reference_limit
 from lm_trust.core.distributions import Distribution, per_step
-from lm_trust.core.parameters import trainable_parameters
+from lm_trust.core.objective import SurrogateObjective
+from lm_trust.core.parameters import assign, flatten, trainable_parameters
 from lm_trust.core.seeding import make_generator
-from lm_trust.core.trust_region import StepReport, SurrogateObjective
+from lm_trust.core.trust_region import StepReport, line_search
+from lm_trust.updates.reference_budget import ReferenceBudget
+
+# Of the way back to the budget: a shorter move than 0.8 ** 20, a hundredth, is not worth another pass.
+_BACKTRACK_RATIO, _MAX_BACKTRACKS = 0.8, 20
 
 
 class MinibatchAdam:
@@ -57,46 +64,55 @@ class MinibatchAdam:
         batch: Batch,
         differentiate: Callable[[Batch], bool],
         *,
-        reference_loss: float = 0.0,
+        reference: ReferenceBudget | None = None,
         microbatch_size: int | None = None,
     ) -> StepReport:
-        """Move the policy in place; a non-finite loss or gradient restores policy and optimizer, and is reported.
+        """Move the policy in place; a move that cannot be certified restores policy and optimizer, and is reported.
+
+        A loss, a gradient or a measured number that is not finite is such a one. Where there is a budget of the
+        reference KL, a move that leads over it is shortened, on the straight line to its start, until the exact KL on
+        the whole batch is within it; from a start over the budget, until it is lower than there.
 
         Args:
             policy, batch: as for every update rule.
             differentiate: leaves the gradient of a minibatch's loss in the parameters' `.grad`; False ends the epochs.
-            reference_loss: the weight of KL(policy || reference) in the objective that is reported.
+            reference: how KL(policy || reference) counts; None: not at all.
             microbatch_size: rows measured at a time.
         """
+        reference = reference or ReferenceBudget(None, 0.0)
         parameters = trainable_parameters(policy)
         optimizer = self._prepared_optimizer(parameters, batch.progress)
         start = [parameter.detach().clone() for parameter in parameters]
         optimizer_start = copy.deepcopy(optimizer.state_dict())
+        objective = SurrogateObjective(
+            policy,
+            batch.observations,
+            batch.actions,
+            batch.advantages,
+            mask=batch.mask,
+            reference=batch.reference,
+            reference_loss=reference.loss,
+            bounded=reference.budget is not None,
+            microbatch_size=microbatch_size,
+        )
+        objective.start_from(batch.old)
+        reference.begin(objective.reference_kl)
+        if reference.began_over:
+            for state in optimizer.state.values():  # a momentum that leads over the budget would go on doing so
+                state["exp_avg"].zero_()
         norms: list[float] = []
-        finite = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
-        report = StepReport(True, "accepted", predicted_gain=None, step_fraction=1.0)
-        if finite:
-            objective = SurrogateObjective(
-                policy,
-                batch.observations,
-                batch.actions,
-                batch.advantages,
-                mask=batch.mask,
-                reference=batch.reference,
-                reference_loss=reference_loss,
-                microbatch_size=microbatch_size,
-            )
-            objective.start_from(batch.old)
-            report.surrogate_gain, report.step_kl, report.step_kl_max = objective.measure()
-            finite = math.isfinite(report.surrogate_gain + report.step_kl + report.step_kl_max)
-        if not finite:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, start, strict=True):
-                    parameter.copy_(value)
+        report = StepReport(False, "non_finite", predicted_gain=None)
+        if objective.reference_kl is not None:
+            report.metrics["reference_kl_after"] = objective.reference_kl
+        if reference.budget is not None:
+            report.metrics["reference_multiplier"] = reference.multiplier
+        if self._run_epochs(parameters, optimizer, batch, differentiate, norms):
+            _certify(objective, parameters, start, reference, report)
+        if not report.accepted:
+            assign(parameters, flatten(start))
             optimizer.load_state_dict(optimizer_start)
-            report = StepReport(False, "non_finite", predicted_gain=None)
         report.gradient_norm = norms[0] if norms else 0.0
-        report.metrics = {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": len(norms)}
+        report.metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": len(norms)}
         return report
 
     def _run_epochs(
@@ -142,6 +158,45 @@ class MinibatchAdam:
         """Continue where `state_dict` was taken; the optimizer is restored once the policy is seen."""
         self._optimizer, self._saved_optimizer = None, state["optimizer"]
         self._generator.set_state(state["generator"])
+
+
+def _certify(
+    objective: SurrogateObjective,
+    parameters: list[nn.Parameter],
+    start: list[Tensor],
+    reference: ReferenceBudget,
+    report: StepReport,
+) -> None:
+    """Measure the move, shorten it where it leads over the budget, fill in the report, and adapt the multiplier."""
+    found = objective.measure()
+    if not found.finite:
+        return
+    limit = math.inf
+    if reference.budget is not None:
+        reference.adapt(max(objective.reference_kl, found.reference_kl))
+        limit = reference_limit(objective.reference_kl, reference.budget, must_fall=reference.began_over)
+    if found.reference_kl is None or found.reference_kl <= limit:
+        report.accepted, report.reason, report.step_fraction = True, "accepted", 1.0
+        report.surrogate_gain, report.step_kl, report.step_kl_max, reference_kl = found
+        if reference_kl is not None:
+            report.metrics["reference_kl_after"] = reference_kl
+        return
+    move = flatten(parameters) - flatten(start)
+    assign(parameters, flatten(start))
+    line_search(
+        objective,
+        parameters,
+        move,
+        report,
+        full_gain=None,
+        max_kl=math.inf,
+        backtrack_ratio=_BACKTRACK_RATIO,
+        max_backtracks=_MAX_BACKTRACKS,
+        first_backtracks=1,
+        accept_ratio=0.0,
+        reference_limit=limit,
+        needs_gain=False,
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from lm_trust.core.linearisation import distribution_with_pullback, set_gradient
 from lm_trust.core.surrogate import clipped_surrogate, clipped_surrogate_slope
 from lm_trust.core.trust_region import StepReport
 from lm_trust.updates.minibatch_adam import MinibatchAdam, backward
+from lm_trust.updates.reference_budget import ReferenceBudget
 
 
 @dataclass
@@ -28,6 +29,7 @@ class PPOClip:
         target_kl: stop the epochs once a minibatch's k3 estimate is over 1.5 times this; None never stops.
         microbatch_size: rows differentiated at a time; changes memory, not the result.
         reference_loss: weight of the exact KL(policy || reference) in the loss.
+        reference_budget: bound on that KL, nats per row (sequence); see `ReferenceBudget`.
         epochs, minibatches, learning_rate, anneal, max_grad_norm, seed: see `MinibatchAdam`.
     """
 
@@ -43,10 +45,13 @@ class PPOClip:
     target_kl: float | None = None
     microbatch_size: int | None = None
     reference_loss: float = 0.0
+    reference_budget: float | None = None
     seed: int = 0
     _adam: MinibatchAdam = field(init=False, repr=False)
+    _reference: ReferenceBudget = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._reference = ReferenceBudget(self.reference_budget, self.reference_loss)
         self._adam = MinibatchAdam(
             learning_rate=self.learning_rate,
             anneal=self.anneal,
@@ -60,23 +65,25 @@ class PPOClip:
         """Move the policy in place; see `MinibatchAdam.step`."""
         entropy = self.entropy * (1 - batch.progress) if self.anneal_entropy else self.entropy
         # A policy that knows its own derivative needs no autograd, as long as the objective is the surrogate alone.
-        plain = hasattr(policy, "linearised") and not entropy and not self.reference_loss
+        plain = hasattr(policy, "linearised") and not entropy and not self._reference.weighs
         parameters = list(policy.parameters())
         clipped: list[float] = []
 
         def differentiate(minibatch: Batch) -> bool:
             if plain:
                 share, estimate = self._pull_back(policy, parameters, minibatch)
+                changes = []
             else:
-                share, estimate = self._backward(policy, minibatch, entropy)
+                share, estimate, *changes = self._backward(policy, minibatch, entropy)
             clipped.append(share)
-            return self.target_kl is None or estimate <= 1.5 * self.target_kl
+            within = self.target_kl is None or estimate <= 1.5 * self.target_kl
+            return self._reference.go_on(minibatch, changes) and within
 
         report = self._adam.step(
             policy,
             batch,
             differentiate,
-            reference_loss=self.reference_loss,
+            reference=self._reference,
             microbatch_size=self.microbatch_size,
         )
         report.metrics = {"clip_fraction": sum(clipped) / max(len(clipped), 1), **report.metrics}
@@ -101,30 +108,29 @@ class PPOClip:
             return share, 0.0
         return share, masked_mean(kl_estimators(old_log_prob, log_prob)["k3"], minibatch.mask).item()
 
-    def _backward(self, policy: nn.Module, minibatch: Batch, entropy: float) -> tuple[float, float]:
-        """The same by autograd, with every term of the objective."""
+    def _backward(self, policy: nn.Module, minibatch: Batch, entropy: float) -> list[float]:
+        """The same by autograd, with every term of the objective; with a budget also the reference KL's mean change."""
 
         def objective(new: Distribution, *given: Any) -> tuple[Tensor, ...]:
-            *reference, actions, advantages, old_log_prob, mask = given
+            *fixed, actions, advantages, old_log_prob, mask = given
             log_prob = torch.where(mask, new.log_prob(actions), 0.0)
             each = clipped_surrogate(old_log_prob, log_prob, advantages, clip=self.clip, clip_high=self.clip_high)
             if entropy:
                 each = each + entropy * new.entropy()
-            for other in reference:
-                each = each - self.reference_loss * new.kl(other)
+            each, *changes = self._reference.weigh(each, new, fixed)
             _, outside = clipped_surrogate_slope(
                 old_log_prob, log_prob.detach(), advantages, clip=self.clip, clip_high=self.clip_high
             )
-            return each, outside.to(each.dtype), kl_estimators(old_log_prob, log_prob.detach())["k3"]
+            return each, outside.to(each.dtype), kl_estimators(old_log_prob, log_prob.detach())["k3"], *changes
 
-        others = [minibatch.reference] if self.reference_loss and minibatch.reference is not None else []
-        share, estimate = backward(policy, minibatch, objective, others=others, microbatch_size=self.microbatch_size)
-        return share, estimate
+        others = self._reference.fixed(minibatch)
+        return backward(policy, minibatch, objective, others=others, microbatch_size=self.microbatch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments and the shuffles' generator."""
-        return self._adam.state_dict()
+        """Adam's moments, the shuffles' generator and the reference KL's multiplier."""
+        return self._adam.state_dict() | {"reference": self._reference.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._adam.load_state_dict(state)
+        self._reference.load_state_dict(state["reference"])

@@ -17,6 +17,7 @@ from lm_trust.core.distributions import Distribution
 from lm_trust.core.surrogate import ratio
 from lm_trust.core.trust_region import StepReport
 from lm_trust.updates.minibatch_adam import MinibatchAdam, backward
+from lm_trust.updates.reference_budget import ReferenceBudget
 
 
 @dataclass
@@ -29,6 +30,7 @@ class PPOPenalty:
         entropy: weight of the entropy bonus.
         microbatch_size: rows differentiated at a time; changes memory, not the result.
         reference_loss: weight of the exact KL(policy || reference) in the loss.
+        reference_budget: bound on that KL, nats per row (sequence); see `ReferenceBudget`.
         epochs, minibatches, learning_rate, anneal, max_grad_norm, seed: see `MinibatchAdam`.
     """
 
@@ -42,10 +44,13 @@ class PPOPenalty:
     max_grad_norm: float | None = 0.5
     microbatch_size: int | None = None
     reference_loss: float = 0.0
+    reference_budget: float | None = None
     seed: int = 0
     _adam: MinibatchAdam = field(init=False, repr=False)
+    _reference: ReferenceBudget = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._reference = ReferenceBudget(self.reference_budget, self.reference_loss)
         self._beta = self.beta
         self._adam = MinibatchAdam(
             learning_rate=self.learning_rate,
@@ -60,16 +65,15 @@ class PPOPenalty:
         """Move the policy in place, then adapt beta to how far it went; see `MinibatchAdam.step`."""
 
         def differentiate(minibatch: Batch) -> bool:
-            reference = [minibatch.reference] if self.reference_loss and minibatch.reference is not None else []
-            others = [minibatch.old, *reference]
-            backward(policy, minibatch, self._objective, others=others, microbatch_size=self.microbatch_size)
-            return True
+            others = [minibatch.old, *self._reference.fixed(minibatch)]
+            changes = backward(policy, minibatch, self._objective, others=others, microbatch_size=self.microbatch_size)
+            return self._reference.go_on(minibatch, changes)
 
         report = self._adam.step(
             policy,
             batch,
             differentiate,
-            reference_loss=self.reference_loss,
+            reference=self._reference,
             microbatch_size=self.microbatch_size,
         )
         report.metrics = {"kl_coefficient": self._beta, **report.metrics}
@@ -80,21 +84,20 @@ class PPOPenalty:
                 self._beta /= 2
         return report
 
-    def _objective(self, new: Distribution, old: Distribution, *given: Any) -> tuple[Tensor]:
-        *reference, actions, advantages, old_log_prob, mask = given
+    def _objective(self, new: Distribution, old: Distribution, *given: Any) -> tuple[Tensor, ...]:
+        *fixed, actions, advantages, old_log_prob, mask = given
         log_prob = torch.where(mask, new.log_prob(actions), 0.0)
         each = ratio(old_log_prob, log_prob) * advantages - self._beta * old.kl(new)
         if self.entropy:
             each = each + self.entropy * new.entropy()
-        for other in reference:
-            each = each - self.reference_loss * new.kl(other)
-        return (each,)
+        return self._reference.weigh(each, new, fixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments, the shuffles' generator and beta."""
-        return {"adam": self._adam.state_dict(), "beta": self._beta}
+        """Adam's moments, the shuffles' generator, beta and the reference KL's multiplier."""
+        return {"adam": self._adam.state_dict(), "beta": self._beta, "reference": self._reference.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._adam.load_state_dict(state["adam"])
         self._beta = state["beta"]
+        self._reference.load_state_dict(state["reference"])

@@ -29,6 +29,7 @@ class TRPO:
     fisher_method: str = "auto"
     microbatch_size: int | None = None
     reference_loss: float = 0.0
+    reference_budget: float | None = None
     _first_backtracks: int = field(default=0, init=False, repr=False)
 
     def step(self, policy: nn.Module, batch: Batch) -> StepReport:
@@ -52,6 +53,7 @@ class TRPO:
             microbatch_size=self.microbatch_size,
             reference=batch.reference,
             reference_loss=self.reference_loss,
+            reference_budget=self.reference_budget,
         )
         self._first_backtracks = self._next_first_backtracks(report, max_kl)
         return report

@@ -196,9 +196,15 @@ def test_single_precision_stays_single(chunk):
 
 
 def surrogate(own, other, actions, advantages):
-    """A differentiable step value, and two things beside it."""
-    log_prob = own.log_prob(actions)
-    return log_prob * advantages - 0.3 * own.kl(other), log_prob, own.entropy()
+    """A step value, a thing beside it that is not differentiated, and another that is."""
+    log_prob, kl = own.log_prob(actions), own.kl(other)
+    return log_prob * advantages - 0.3 * kl, log_prob.detach(), kl
+
+
+def test_a_tuple_of_one_value_stays_a_tuple(chunk, head):
+    own, plain = both(states(2), head)
+    (found,) = own.per_step(lambda d, actions: (d.log_prob(actions),), (), tokens())
+    torch.testing.assert_close(found, plain.log_prob(tokens()), rtol=0, atol=1e-12)
 
 
 def test_several_values_of_a_step_come_from_one_pass_over_its_logits(chunk, head, monkeypatch):
@@ -213,6 +219,10 @@ def test_several_values_of_a_step_come_from_one_pass_over_its_logits(chunk, head
     expected = surrogate(plain, plain_other, tokens(), advantages)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
-    assert [value.requires_grad for value in found] == [True, False, False]
-    gradients = [torch.autograd.grad((values[0] * upstream).sum(), hidden)[0] for values in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert [value.requires_grad for value in found] == [True, False, True]
+    # Each alone, as a second gradient from the same graph, and both at once.
+    for wanted in (lambda v: v[0] * upstream, lambda v: v[2] * upstream, lambda v: v[0] * upstream + v[2].square()):
+        gradients = [
+            torch.autograd.grad(wanted(values).sum(), hidden, retain_graph=True)[0] for values in (found, expected)
+        ]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)

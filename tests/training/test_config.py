@@ -380,8 +380,31 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
         ),
         (
             "reference.budget",
-            "3.0",
-            "reference.budget: a hard bound is not available yet; use reference.penalty or reference.loss",
+            "0",
+            "reference.budget: must be greater than 0, got 0",
+        ),
+        ("reference.budget", "far", "reference.budget: expected a number, got 'far' (text)"),
+        ("reference.adaptive", "6", "reference.adaptive: expected a section with keys of its own, got 6"),
+        (
+            "reference.adaptive",
+            "{target: 6, horizon: 10000}",
+            "reference.penalty: must be greater than 0 with reference.adaptive, which starts from it",
+        ),
+        (
+            "reference.adaptive",
+            "{target: 6, horizon: 10000, horizn: 1}",
+            "reference.adaptive.horizn: unknown key; did you mean reference.adaptive.horizon?",
+        ),
+        (
+            "reference.adaptive",
+            "{target: 6}",
+            "reference.adaptive.horizon: required but not given: completions over which a KL 10 % off changes the "
+            "penalty by 10 %",
+        ),
+        (
+            "reference.adaptive",
+            "{target: -6, horizon: 10000}",
+            "reference.adaptive.target: must be greater than 0, got -6",
         ),
         ("extends", "a.yaml", "extends: only a config file can extend another"),
         ("update..max_kl", "1", "--update..max_kl: expected a key such as --update.max_kl"),

@@ -91,13 +91,14 @@ CONTROL = {
     "checkpoint": {"every": 1, "keep_last": 9},
 }
 PPO = {"kind": "ppo_clip", "epochs": 2, "minibatches": 2, "learning_rate": 0.01, "anneal": True}
+BOUNDED = {"penalty": 0.05, "adaptive": {"target": 0.05, "horizon": 100}, "budget": 0.1}
 # Both rules in both worlds, each with what carries state: critic, normalisers, moments, a schedule.
 CASES = {
-    "language-trpo": (signal.SIGINT, "language", {"reference": {"loss": 0.02}}),
+    "language-trpo": (signal.SIGINT, "language", {"reference": {"loss": 0.02, "budget": 0.1}}),
     "language-ppo": (
         signal.SIGTERM,
         "language",
-        {"update": PPO, "reference": {"penalty": 0.05}, "model": {"path": "llama", "lora": {"r": 2, "alpha": 8}}},
+        {"update": PPO, "reference": BOUNDED, "model": {"path": "llama", "lora": {"r": 2, "alpha": 8}}},
     ),
     "control-trpo": (signal.SIGTERM, "control", {"normalise": {"observations": True, "rewards": True}}),
     "control-ppo": (signal.SIGINT, "control", {"update": PPO, "normalise": {"observations": True}}),
@@ -481,6 +482,28 @@ def test_the_adapter_needs_no_lm_trust(runs, architecture):
             found.append(log_probs.gather(-1, ids[-length:, None]).squeeze(-1))
     torch.testing.assert_close(torch.cat(found), trained, atol=1e-5, rtol=0)
     assert (trained - untrained).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["trpo", "ppo_clip", "ppo_penalty"])
+def test_a_budget_of_the_reference_kl_reaches_every_rule(runs, kind):
+    update = {"kind": kind} | ({"max_kl": 0.05} if kind == "trpo" else {"learning_rate": 0.02, "minibatches": 2})
+    lines = runs.metrics(runs.train("bounded", "language", update=update, reference={"budget": 0.03}))
+    free = runs.metrics(runs.train("free", "language", update=update))
+    for line in lines:
+        assert line["reference_kl_after"] <= max(0.03, line["reference_kl"])
+        assert ("constraint" in line) == (kind == "trpo") and ("reference_multiplier" in line) == (kind != "trpo")
+    assert lines[0]["reference_kl_after"] > 0.005
+    assert free[-1]["reference_kl"] > 0.06 and "reference_kl_after" not in free[-1]
+
+
+def test_an_adaptive_penalty_follows_the_reference_kl(runs):
+    reference = {"penalty": 0.5, "adaptive": {"target": 0.01, "horizon": 80}}
+    lines = runs.metrics(runs.train("steered", "language", reference=reference))
+    expected = 0.5
+    for line in lines:
+        assert line["reference_penalty"] == pytest.approx(expected, rel=1e-9)
+        expected *= 1 + min(0.2, max(-0.2, line["reference_kl"] / 0.01 - 1)) * 8 / 80
+    assert lines[-1]["reference_penalty"] != 0.5
 
 
 @pytest.mark.parametrize("world", ["language", "control"])

@@ -10,6 +10,7 @@ from lm_trust.core import Categorical
 from lm_trust.core.batch import Rollout
 from lm_trust.errors import UserError
 from lm_trust.training import trainer as module
+from lm_trust.training.config import AdaptivePenalty
 from lm_trust.training.config_learning import ReturnsToGo
 from lm_trust.training.critic import NoCritic
 from lm_trust.training.trainer import Trainer
@@ -206,3 +207,41 @@ def test_a_state_of_another_policy_is_refused():
         trainer.load_state_dict(state | {"policy": []})
     with pytest.raises(RuntimeError):
         trainer.load_state_dict(state | {"policy": [torch.zeros(5)]})
+
+
+def test_an_adaptive_penalty_is_used_logged_and_then_adapted(monkeypatch):
+    config = AdaptivePenalty(target=0.3, horizon=40)
+    trainer = make(reference_penalty=0.5, adaptive_penalty=config)
+    used, estimate = [], module.estimate_advantages
+
+    def spy(advantage, rollout, rewards, *values):
+        own = trainer.policy.distribution(rollout.observations).log_prob(rollout.actions)
+        ratio = (own - rollout.reference.log_prob(rollout.actions)).detach()[rollout.mask]
+        used.append(((rollout.rewards - rewards)[rollout.mask] / ratio).median().item())
+        return estimate(advantage, rollout, rewards, *values)
+
+    monkeypatch.setattr(module, "estimate_advantages", spy)
+    lines = [trainer.iterate() for _ in range(4)]
+    expected = 0.5
+    for line, coefficient in zip(lines, used, strict=True):
+        assert line["reference_penalty"] == pytest.approx(expected, rel=1e-12)
+        assert coefficient == pytest.approx(expected, rel=1e-9)
+        error = min(0.2, max(-0.2, line["reference_kl"] / 0.3 - 1))
+        expected *= 1 + error * B / 40
+    assert len({line["reference_penalty"] for line in lines}) == 4
+    assert trainer.reference_penalty == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_restored_trainer_goes_on_with_the_adapted_penalty():
+    config = AdaptivePenalty(target=0.3, horizon=40)
+    whole, other = (make(World(), reference_penalty=0.5, adaptive_penalty=config) for _ in range(2))
+    for _ in range(2):
+        whole.iterate()
+    other.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert other.reference_penalty == whole.reference_penalty != 0.5
+    assert whole.iterate()["reference_penalty"] == other.iterate()["reference_penalty"]
+    assert torch.equal(whole.policy.weight, other.policy.weight)
+    # A fixed one is the configuration's, also where the state is of a run that had another.
+    fixed = make(World(), reference_penalty=0.1)
+    fixed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert fixed.reference_penalty == 0.1

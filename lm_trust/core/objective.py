@@ -1,0 +1,221 @@
+"""What an update maximises, and the two exact KLs that bound it, measured on one batch.
+
+The surrogate E[pi(a|s) / pi_old(a|s) A], the step KL(pi_old || pi) and, where there is a reference, the reference
+KL(pi || reference): at theta_old with gradients, at candidates without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lm_trust.core.batch import row_chunks
+from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.parameters import flatten
+from lm_trust.core.surrogate import ratio
+
+
+class Measurement(NamedTuple):
+    """A policy beside theta_old, on all valid steps of a batch.
+
+    Attributes:
+        gain: of the objective over theta_old.
+        step_kl, step_kl_max: mean and maximum exact KL(old || new), nats per step.
+        reference_kl: exact KL(new || reference), nats per row (sequence); None where no reference is looked at.
+    """
+
+    gain: float
+    step_kl: float
+    step_kl_max: float
+    reference_kl: float | None
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(value) for value in self if value is not None)
+
+
+class SurrogateObjective:
+    """The surrogate at theta_old and at candidates, with the exact KLs, over all valid steps of a batch.
+
+    objective = mean over valid steps of ratio * advantage - reference_loss * KL(pi_theta || reference).
+
+    Made by one differentiated pass at theta_old: it holds the old distribution, so the ratio there is exactly 1.
+
+    Args:
+        policy, observations, actions, advantages, mask: as for `trust_region_step`.
+        reference: a fixed distribution at the same steps.
+        reference_loss: weight of the exact KL to it, in objective units per nat.
+        bounded: look at the reference KL also where it has no weight, and differentiate it.
+        microbatch_size: rows computed at a time; the sums are those of the whole batch.
+
+    Attributes:
+        reference_kl: at theta_old, nats per row: the sum over a row's valid steps, its mean over rows; None where no
+            reference is looked at.
+        reference_gradient: (P,) its gradient there, where `bounded`.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        observations: Any,
+        actions: Tensor,
+        advantages: Tensor,
+        *,
+        mask: Tensor | None = None,
+        reference: Distribution | None = None,
+        reference_loss: float = 0.0,
+        bounded: bool = False,
+        microbatch_size: int | None = None,
+    ) -> None:
+        if bounded and reference is None:
+            raise ValueError("a bound on the reference KL needs a reference distribution in the batch")
+        self.policy = policy
+        self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+        self.reference_kl: float | None = None
+        self.reference_gradient: Tensor | None = None
+        self._observations = observations
+        self._actions = actions
+        self._advantages = torch.where(self.mask, advantages, 0.0)
+        self._reference = reference if reference_loss or bounded else None
+        self._reference_loss = reference_loss
+        self._bounded = bounded
+        self._count = self.mask.sum().clamp_min(1)
+        self._chunks = list(row_chunks(len(actions), microbatch_size))
+        self._old: list[Distribution] = []
+        self._start = 0.0
+
+    @property
+    def steps_per_row(self) -> float:
+        """Mean number of valid steps in a row: what a mean over steps is multiplied by to be one a row."""
+        return self._count.item() / len(self._actions)
+
+    @torch.no_grad()
+    def start_from(self, old: Distribution) -> None:
+        """Take `old` (B rows, detached) as theta_old's distribution, for a rule that needs no gradient from here."""
+        self._old, self._start, self.reference_kl = [old[rows] for rows in self._chunks], 0.0, None
+        for rows, piece in zip(self._chunks, self._old, strict=True):
+            self._add_to_start(*self._means(_at_start, rows, piece))
+
+    def gradient(self, parameters: list[nn.Parameter]) -> Tensor:
+        """(P,) gradient of the objective at the present parameters, which become theta_old.
+
+        Where the reference KL is bounded, `reference_gradient` is filled in from the same pass.
+        """
+        self._old, self._start, self.reference_kl, self.reference_gradient = [], 0.0, None, None
+        totals: list[Tensor] = []
+        for rows in self._chunks:
+            with torch.enable_grad():
+                distribution = self.policy.distribution(self._select(rows))
+                means = self._means(_at_start, rows, distribution)
+                wanted = means if self._bounded else means[:1]
+                gradients = [
+                    flatten(
+                        torch.autograd.grad(
+                            value, parameters, retain_graph=index + 1 < len(wanted), materialize_grads=True
+                        )
+                    )
+                    for index, value in enumerate(wanted)
+                ]
+            self._old.append(distribution.detach())
+            self._add_to_start(*means)
+            totals = [a + b for a, b in zip(totals, gradients, strict=True)] if totals else gradients
+        if self._bounded:
+            self.reference_gradient = totals[1] * self.steps_per_row
+        return totals[0]
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """The present parameters beside theta_old."""
+        value, mean_kl, max_kl, reference_kl = 0.0, 0.0, 0.0, 0.0
+        for rows, old in zip(self._chunks, self._old, strict=True):
+            distribution = self.policy.distribution(self._select(rows))
+            objective, kl, *reference = self._per_step(_at_candidate, rows, distribution, old)
+            value += self._mean(objective).item()
+            mean_kl += self._mean(kl).item()
+            largest = kl.max().item() if kl.numel() else 0.0
+            max_kl = largest if math.isnan(largest) else max(max_kl, largest)
+            reference_kl += sum(self._mean(each).item() for each in reference)
+        per_row = None if self._reference is None else reference_kl * self.steps_per_row
+        return Measurement(value - self._start, mean_kl, max_kl, per_row)
+
+    def _add_to_start(self, objective: Tensor, reference_kl: Tensor | None = None) -> None:
+        self._start += objective.item()
+        if reference_kl is not None:
+            self.reference_kl = (self.reference_kl or 0.0) + reference_kl.item() * self.steps_per_row
+
+    def _means(self, function: Callable[..., Any], rows: slice, distribution: Distribution) -> list[Tensor]:
+        return [self._mean(each) for each in self._per_step(function, rows, distribution)]
+
+    def _per_step(self, function: Callable[..., Any], rows: slice, *distributions: Distribution) -> tuple[Tensor, ...]:
+        if self._reference is not None:
+            distributions = (*distributions, self._reference[rows])
+            function = partial(function, reference_loss=self._reference_loss, bounded=self._bounded)
+        values = per_step(
+            lambda *given: function(given[: len(distributions)], *given[len(distributions) :]),
+            distributions,
+            self._actions[rows],
+            self._advantages[rows],
+            self.mask[rows],
+        )
+        return values if isinstance(values, tuple) else (values,)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Sum over the valid steps of some rows over the count of all rows', in double precision."""
+        return x.sum(dtype=torch.float64) / self._count
+
+    def _select(self, rows: slice) -> Any:
+        return self._observations if len(self._chunks) == 1 else self._observations[rows]
+
+
+def _at_start(
+    distributions: Sequence[Distribution],
+    actions: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reference_loss: float = 0.0,
+    bounded: bool = False,
+) -> tuple[Tensor, ...]:
+    """Each step's objective where the policy is theta_old: the ratio is 1, its gradient that of log_prob."""
+    new, *reference = distributions
+    log_prob = new.log_prob(actions)
+    objective, *reference_kl = _objective(new, log_prob.detach(), log_prob, advantages, mask, reference, reference_loss)
+    return objective, *(each if bounded else each.detach() for each in reference_kl)
+
+
+def _at_candidate(
+    distributions: Sequence[Distribution],
+    actions: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reference_loss: float = 0.0,
+    bounded: bool = False,
+) -> tuple[Tensor, ...]:
+    """The objective and the step KL of each step, and its reference KL."""
+    new, old, *reference = distributions
+    objective, *reference_kl = _objective(
+        new, old.log_prob(actions), new.log_prob(actions), advantages, mask, reference, reference_loss
+    )
+    return objective, torch.where(mask, old.kl(new), 0.0), *reference_kl
+
+
+def _objective(
+    new: Distribution,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reference: Sequence[Distribution],
+    reference_loss: float,
+) -> tuple[Tensor, ...]:
+    # A masked step may hold anything; a log-ratio of zero keeps it out of the value and of the gradient.
+    objective = ratio(torch.where(mask, old_log_prob, 0.0), torch.where(mask, log_prob, 0.0)) * advantages
+    divergences = [new.kl(other) for other in reference]
+    if reference_loss:
+        for kl in divergences:
+            objective = objective - reference_loss * kl
+    return tuple(torch.where(mask, each, 0.0) for each in (objective, *divergences))

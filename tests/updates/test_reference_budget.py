@@ -1,0 +1,290 @@
+"""The budget of the reference KL for the PPO family: multiplier, stop, way back, each against a loop written out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lm_trust.core import Categorical
+from lm_trust.core.batch import Batch
+from lm_trust.updates import TRPO, PPOClip, PPOPenalty
+from lm_trust.updates.minibatch_adam import MinibatchAdam
+from lm_trust.updates.reference_budget import RATE, ReferenceBudget
+
+B, T, D, V = 8, 5, 3, 4
+LENGTHS = torch.tensor([5, 1, 3, 2, 5, 4, 0, 1])
+MASK = torch.arange(T) < LENGTHS.unsqueeze(-1)
+RULES = [PPOClip, PPOPenalty]
+
+
+class Policy(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, V)).double()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def distribution(self, observations):
+        return Categorical(self.net(observations))
+
+
+def moved(policy, scale, seed=3):
+    other = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return other
+
+
+@torch.no_grad()
+def batch_for(policy, reference, seed=1):
+    """Some actions are better than others, so that a policy keeps going one way."""
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    old = policy.distribution(observations).detach()
+    actions = old.sample(generator=generator)
+    return Batch(
+        observations=observations,
+        actions=actions,
+        old=old,
+        old_log_prob=old.log_prob(actions),
+        advantages=torch.tensor([1.0, 0.3, -0.3, -1.0], dtype=torch.float64)[actions],
+        mask=MASK,
+        reference=reference.distribution(observations).detach(),
+    )
+
+
+def vector_of(policy):
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
+def divergence(policy, reference, batch):
+    """(B, T), differentiable, with nothing of ours; zero where masked."""
+    one, two = (torch.distributions.Categorical(logits=each.net(batch.observations)) for each in (policy, reference))
+    return torch.where(MASK, torch.distributions.kl_divergence(one, two), 0.0)
+
+
+def kl_per_row(policy, reference, batch):
+    return divergence(policy, reference, batch).sum().item() / B
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_budget_far_off_changes_nothing(rule):
+    reference, policy, plain = Policy(), moved(Policy(), 0.2), moved(Policy(), 0.2)
+    batch = batch_for(policy, reference)
+    report = rule(reference_budget=1e9).step(policy, batch)
+    expected = rule().step(plain, batch)
+    torch.testing.assert_close(vector_of(policy), vector_of(plain), rtol=0, atol=1e-12)
+    assert report.metrics["reference_multiplier"] == 0
+    assert report.metrics["reference_kl_after"] == pytest.approx(kl_per_row(policy, reference, batch), rel=1e-12)
+    assert report.metrics["gradient_steps"] == expected.metrics["gradient_steps"] == 16
+    assert "reference_multiplier" not in expected.metrics
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_the_multiplier_is_added_to_the_weight_of_the_reference_loss(rule, microbatch_size):
+    reference, policy, plain = Policy(), moved(Policy(), 0.3), moved(Policy(), 0.3)
+    batch = batch_for(policy, reference)
+    constrained = rule(reference_budget=1e9, reference_loss=0.2, microbatch_size=microbatch_size)
+    constrained.load_state_dict(constrained.state_dict() | {"reference": {"multiplier": 0.5}})
+    report = constrained.step(policy, batch)
+    rule(reference_loss=0.7).step(plain, batch)
+    torch.testing.assert_close(vector_of(policy), vector_of(plain), rtol=0, atol=1e-6)
+    assert report.metrics["reference_multiplier"] == 0.5
+
+
+def adam_to_the_edge(policy, reference, batch, *, steps, learning_rate, budget, inwards=False):
+    """Full-batch Adam on the surrogate, or on the KL alone; ends before a gradient is taken over the budget."""
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, eps=1e-5)
+    taken = 0
+    for _ in range(steps):
+        kl = divergence(policy, reference, batch)
+        if not inwards and kl.sum().item() / B > budget:
+            break
+        log_prob = torch.distributions.Categorical(logits=policy.net(batch.observations)).log_prob(batch.actions)
+        gain = (log_prob - batch.old_log_prob).exp() * batch.advantages
+        loss = kl[MASK].mean() if inwards else -gain[MASK].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        taken += 1
+    return taken
+
+
+ADAM = {"learning_rate": 0.02, "minibatches": 1, "epochs": 30, "max_grad_norm": None}
+
+
+def test_the_epochs_end_at_the_budget_and_the_rest_is_scaled_back():
+    reference, policy, plain = Policy(), Policy(), Policy()
+    batch = batch_for(policy, reference)
+    rule = PPOClip(clip=0.99, clip_high=1e6, reference_budget=0.1, **ADAM)
+    report = rule.step(policy, batch)
+    taken = adam_to_the_edge(plain, reference, batch, steps=30, learning_rate=0.02, budget=0.1)
+    assert report.metrics["gradient_steps"] == taken < 30
+    over = kl_per_row(plain, reference, batch)
+    assert over > 0.1 >= kl_per_row(policy, reference, batch) > 0.05
+    start, end = vector_of(reference), vector_of(plain)
+    assert 0 < report.step_fraction < 1 and report.step_fraction == 0.8**report.backtracks
+    expected = start + report.step_fraction * (end - start)
+    torch.testing.assert_close(vector_of(policy), expected, rtol=0, atol=1e-6)
+    # One backtrack less would have been over.
+    longer = copy.deepcopy(policy)
+    nn.utils.vector_to_parameters(start + report.step_fraction / 0.8 * (end - start), longer.parameters())
+    assert kl_per_row(longer, reference, batch) > 0.1
+    assert report.metrics["reference_kl_after"] == pytest.approx(kl_per_row(policy, reference, batch), rel=1e-9)
+    # The multiplier goes by where the epochs led, before anything was scaled back.
+    assert rule.state_dict()["reference"]["multiplier"] == pytest.approx(RATE * (over / 0.1 - 1), rel=1e-4)
+
+
+def test_from_over_the_budget_the_kl_alone_is_lowered():
+    reference = Policy()
+    policy, plain = moved(reference, 0.5), moved(reference, 0.5)
+    batch = batch_for(policy, reference)
+    before = kl_per_row(policy, reference, batch)
+    rule = PPOClip(reference_budget=before / 10, **(ADAM | {"epochs": 3}))
+    report = rule.step(policy, batch)
+    adam_to_the_edge(plain, reference, batch, steps=3, learning_rate=0.02, budget=0.0, inwards=True)
+    assert kl_per_row(policy, reference, batch) > before / 10
+    torch.testing.assert_close(vector_of(policy), vector_of(plain), rtol=0, atol=1e-6)
+    assert report.accepted and report.metrics["gradient_steps"] == 3
+    # The excess that counts is that of the start, here the larger one.
+    assert rule.state_dict()["reference"]["multiplier"] == pytest.approx(RATE * 9, rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_once_back_within_the_budget_the_surrogate_counts_again(rule):
+    reference = Policy()
+    policy, lowered = moved(reference, 0.4), moved(reference, 0.4)
+    batch = batch_for(policy, reference)
+    before = kl_per_row(policy, reference, batch)
+    assert rule(reference_budget=0.8 * before, **ADAM).step(policy, batch).accepted
+    adam_to_the_edge(lowered, reference, batch, steps=30, learning_rate=0.02, budget=0.0, inwards=True)
+    after = kl_per_row(policy, reference, batch)
+    assert kl_per_row(lowered, reference, batch) < 0.1 * before
+    assert 0.25 * before < after < before
+
+
+def test_the_multiplier_is_a_projected_ascent():
+    budget = ReferenceBudget(2.0, 0.0)
+    seen = []
+    for kl in (3.0, 2.2, 1.0, 0.0, 2.0, 4.0):
+        budget.adapt(kl)
+        seen.append(budget.multiplier)
+    first = RATE * 0.5
+    assert seen == pytest.approx([first, first + 0.1 * RATE, 0.1 * RATE, 0.0, 0.0, RATE])
+
+
+def test_the_level_is_the_whole_batchs_and_only_the_change_a_minibatchs():
+    reference = Policy()
+    policy = moved(reference, 0.4)
+    batch = batch_for(policy, reference)
+    rows = divergence(policy, reference, batch).sum(-1)
+    level = rows.mean().item()
+    high = batch[rows.argsort(descending=True)[:3]]
+    steps = high.mask.sum().item() / 3
+    budget = ReferenceBudget(1.1 * level, 0.0)
+    budget.begin(level)
+    assert rows.sort(descending=True).values[:3].mean() > 1.5 * level
+    assert budget.go_on(high, [0.0])
+    assert budget.go_on(high, [0.09 * level / steps]) and not budget.go_on(high, [0.11 * level / steps])
+    # The change itself: of the new policy against the one that sampled.
+    further = moved(policy, 0.2, seed=4)
+    new = further.distribution(high.observations)
+    _, change = budget.weigh(torch.zeros(3, T, dtype=torch.float64), new, budget.fixed(high))
+    order = rows.argsort(descending=True)[:3]
+    expected = (divergence(further, reference, batch) - divergence(policy, reference, batch))[order]
+    torch.testing.assert_close(torch.where(high.mask, change, 0.0), expected)
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.3])
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_updates_on_end_keep_the_budget(rule, minibatches, budget):
+    reference = Policy()
+    policy, free = Policy(), Policy()
+    settings = {"learning_rate": 0.02, "epochs": 4, "minibatches": minibatches}
+    constrained, plain = rule(reference_budget=budget, **settings), rule(**settings)
+    values, gains, refused = [], [], 0
+    for seed in range(15):
+        batch = batch_for(policy, reference, seed)
+        before = kl_per_row(policy, reference, batch)
+        report = constrained.step(policy, batch)
+        values.append(kl_per_row(policy, reference, batch))
+        assert values[-1] <= budget or values[-1] < before or not report.accepted
+        refused += not report.accepted
+        assert report.metrics["reference_kl_after"] == pytest.approx(values[-1], rel=1e-9)
+        gains.append(report.surrogate_gain)
+        plain.step(free, batch_for(free, reference, seed))
+    assert max(values) > 0.7 * budget
+    assert kl_per_row(free, reference, batch) > 2 * budget
+    assert sum(gains) > 0 and refused <= 2
+
+
+def test_a_move_that_only_leads_away_is_undone():
+    reference = Policy()
+    policy = moved(reference, 0.4)
+    batch = batch_for(policy, reference)
+    adam = MinibatchAdam(learning_rate=0.01, anneal=False, epochs=2, minibatches=1, max_grad_norm=None, seed=0)
+    budget = ReferenceBudget(0.5 * kl_per_row(policy, reference, batch), 0.0)
+
+    def outwards(minibatch):
+        policy.zero_grad()
+        (-divergence(policy, reference, batch).sum()).backward()
+        return True
+
+    # Once within reach, so that there are moments to be restored.
+    adam.step(policy, batch, outwards)
+    start, moments = vector_of(policy), copy.deepcopy(adam.state_dict()["optimizer"]["state"])
+    batch = batch_for(policy, reference)
+    report = adam.step(policy, batch, outwards, reference=budget)
+    assert not report.accepted and report.reason == "budget_exceeded"
+    assert (report.step_kl, report.surrogate_gain) == (0.0, 0.0)
+    assert torch.equal(vector_of(policy), start)
+    assert report.metrics["reference_kl_after"] == pytest.approx(kl_per_row(policy, reference, batch), rel=1e-12)
+    for index, state in adam.state_dict()["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, moments[index][key])
+    assert budget.multiplier > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_continues_where_it_stopped(rule):
+    reference = Policy()
+    policy, other = Policy(), Policy()
+    settings = {"reference_budget": 0.05, "learning_rate": 0.02}
+    first = rule(**settings)
+    for seed in range(4):
+        first.step(policy, batch_for(policy, reference, seed))
+    other.load_state_dict(policy.state_dict())
+    second = rule(**settings)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert first.state_dict()["reference"]["multiplier"] > 0
+    for seed in range(4, 7):
+        one = first.step(policy, batch_for(policy, reference, seed))
+        two = second.step(other, batch_for(other, reference, seed))
+        assert one == two
+    assert torch.equal(vector_of(policy), vector_of(other))
+
+
+@pytest.mark.parametrize("rule", [*RULES, TRPO])
+def test_a_budget_needs_a_reference(rule):
+    policy = Policy()
+    batch = batch_for(policy, policy)
+    batch.reference = None
+    with pytest.raises(ValueError, match="needs a reference"):
+        rule(reference_budget=1.0).step(policy, batch)
+
+
+def test_trpo_hands_the_budget_on():
+    reference = Policy()
+    policy = moved(reference, 0.4)
+    batch = batch_for(policy, reference)
+    before = kl_per_row(policy, reference, batch)
+    report = TRPO(reference_budget=0.9 * before).step(policy, batch)
+    assert report.accepted and report.metrics["constraint"] in ("active", "recovery")
+    assert kl_per_row(policy, reference, batch) < before
