@@ -38,6 +38,14 @@ def test_solves_as_a_dense_solver_does():
         assert result.stopped == "converged"
 
 
+def test_the_product_with_the_solution_comes_along_without_the_damping():
+    matrix, b = system()
+    for damping in (0.0, 0.5):
+        result = conjugate_gradient(lambda v: matrix @ v, 300 * b, max_iterations=4, damping=damping)
+        torch.testing.assert_close(result.product, matrix @ result.solution, rtol=1e-9, atol=1e-9)
+        assert result.curvature == pytest.approx(result.solution.dot(result.product).item(), rel=1e-9)
+
+
 def test_is_exact_in_as_many_iterations_as_dimensions():
     matrix, b = system(condition=20.0)
     result = conjugate_gradient(lambda v: matrix @ v, b, max_iterations=P, tolerance=1e-30)
