@@ -60,7 +60,7 @@ class Recorder:
         """Note an iteration's line of metrics and the episodes that it finished."""
         self._folder.append_metrics(metrics)
         if self._monitor is not None:
-            self._monitor.append(getattr(self._trainer.task, "finished_episodes", ()))
+            self._monitor.append(self._trainer.task.finished_episodes)
         self._trackers.log(iteration_values(metrics), self._step)
 
     def evaluation_before(self, record: dict[str, Any]) -> None:
