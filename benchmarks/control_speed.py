@@ -11,6 +11,9 @@ loop, timed; no evaluation. The programs take turns (ours, peer, ours, peer ...)
 gets whichever of one and two torch threads is faster for it, by a short trial with the larger minibatches. "Environment
 alone" is the bare environments of the same backend under random actions, in a loop that does nothing else.
 
+Ours runs as our configs have it: the critic is fitted in a process of its own, and HalfCheetah's environments are
+stepped by two (in gymnasium; envpool has threads). The profile is of one process, so that parts add up.
+
 Both train on the same settings, `Settings` in control_programs.py: eight environments and 256 steps of each an
 iteration, separate tanh networks of 64 x 64 for policy and value, Adam with eps 1e-5, and, CartPole aside, observations
 and rewards normalised. What differs is what the programs are: SB3's PPO sums both losses and steps both networks with
@@ -112,7 +115,7 @@ def print_profiles(bench: Bench, environments: list[str], backend: str) -> None:
     chosen = [row for environment in environments for row in rows(environment) if row.minibatch == 256]
     results = [bench("profile", row, backend=backend) for row in chosen]
     titles = [f"{row.environment.split('-')[0]} {row.rule.upper()}" for row in chosen]
-    print(f"\nshare of an iteration, ours, {backend}, one thread, minibatches of 256")
+    print(f"\nshare of an iteration, ours, {backend}, one process and thread, minibatches of 256")
     print(f"{'':28}" + "".join(f"{title:>17}" for title in titles))
     totals = [sum(result["shares"].values()) for result in results]
     for part in results[0]["shares"]:

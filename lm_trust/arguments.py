@@ -22,15 +22,17 @@ examples:
   lm-trust evaluate runs/sentiment_trpo
   lm-trust generate runs/sentiment_trpo "The film was"
   lm-trust plot runs/cartpole_trpo runs/cartpole_ppo
+  lm-trust sft configs/lm/pipeline/sft.yaml
+  lm-trust reward-model configs/lm/pipeline/reward_model.yaml
 
 `lm-trust COMMAND --help` tells more of each.
 """
 _TRAIN = """\
 Train as the YAML file CONFIG says and write a run folder: config.yaml
 (resolved), metrics.jsonl (a line an iteration), evaluation.json, checkpoints/
-and the policy (adapter/ or policy.safetensors; that of the best evaluation is
-in best/). TensorBoard's files are in tensorboard/ (see the key trackers), and
-a control run's finished episodes in monitor.csv.
+and the policy (adapter/, model/ or policy.safetensors; that of the best
+evaluation is in best/). TensorBoard's files are in tensorboard/ (see the key
+trackers), and a control run's finished episodes in monitor.csv.
 
 Every key of the config can be set here too, by its dotted name; the value is
 YAML. Setting another `kind` replaces that section with the kind's defaults.
@@ -72,6 +74,16 @@ examples:
   lm-trust generate runs/sentiment_trpo "The film was" --reference
   lm-trust generate runs/sentiment_trpo -- "-- a prompt that starts with a dash"
 """
+_MERGE = """\
+Add the adapter of a language run into its base model's weights and write the
+result as a plain model: safetensors, tokenizer and generation config, which
+`AutoModelForCausalLM.from_pretrained` and `generate` take alone.
+"""
+_MERGE_EXAMPLES = """\
+examples:
+  lm-trust merge runs/sentiment_trpo
+  lm-trust merge runs/sentiment_trpo --best --output models/sentiment
+"""
 _PLOT = """\
 Draw learning curves of several runs into one picture. Runs that differ in
 nothing but their seed are one curve: their mean, with its 95 % interval
@@ -83,10 +95,54 @@ examples:
   lm-trust plot runs/hopper_* --output hopper.png --x seconds
   lm-trust plot runs/hopper_* --metric evaluation/reward_mean
 """
+_SFT = """\
+Fine-tune a language model on texts, by trl's SFTTrainer, and write a run
+folder: config.yaml (resolved), metrics.jsonl (a line an update),
+evaluation.json (held-out loss and perplexity, before and after),
+learning_curve.png and adapter/, a plain PEFT adapter that `lm-trust train`
+starts from by --model.adapter (model/ where model.lora is null).
+
+A row of the data is a `text`, a `prompt` with its `completion` (which alone is
+learnt), or a list of chat `messages`. Every key of the config can be set here
+too, by its dotted name; `lm-trust config sft` lists them all.
+
+Ctrl-C and SIGTERM finish the update, write the adapter as it is and exit with
+status 130 or 143.
+"""
+_SFT_EXAMPLES = """\
+examples:
+  lm-trust sft configs/lm/pipeline/sft.yaml
+  lm-trust sft my.yaml --data.path my.jsonl --training.epochs 3
+  lm-trust sft my.yaml --training.max_steps 5 --output runs/trial
+  lm-trust train configs/lm/pipeline/trpo.yaml --model.adapter runs/sft/adapter
+"""
+_REWARD_MODEL = """\
+Train a reward model on preference pairs, by trl's RewardTrainer, and write a
+run folder: config.yaml (resolved), metrics.jsonl (a line an update),
+evaluation.json (held-out accuracy and margin, before and after),
+learning_curve.png and adapter/, a plain PEFT adapter with its score head and
+tokenizer (model/ where model.lora is null), which is a reward by itself:
+
+  rewards: [{kind: classifier, path: runs/reward_model/adapter}]
+
+A row of the data has `chosen` and `rejected` and, where both go on from one, a
+`prompt`: texts or lists of chat messages. Every key of the config can be set
+here too, by its dotted name; `lm-trust config reward-model` lists them all.
+
+Ctrl-C and SIGTERM finish the update, write the adapter as it is and exit with
+status 130 or 143.
+"""
+_REWARD_MODEL_EXAMPLES = """\
+examples:
+  lm-trust reward-model configs/lm/pipeline/reward_model.yaml
+  lm-trust reward-model my.yaml --data.path pairs.jsonl --model.path gpt2
+  lm-trust reward-model my.yaml --training.max_steps 5 --output runs/trial
+"""
 _CONFIG = """\
 List every key of a config with its default and its meaning. A config with an
 `environment` section is a control run, one with a `model` section a language
-run. In a file the keys nest; on the command line they are dotted:
+run; the configs of `lm-trust sft` and `lm-trust reward-model` have a `data`
+section. In a file the keys nest; on the command line they are dotted:
 `update: {max_kl: 0.02}` is --update.max_kl 0.02.
 
 `extends: other.yaml` at the top of a file takes that file's keys (the name is
@@ -97,9 +153,10 @@ _CONFIG_EXAMPLES = """\
 examples:
   lm-trust config language
   lm-trust config control
+  lm-trust config sft
 """
 
-# The options of `train` that are not keys of the config (`--output` is one, and text whatever it looks like).
+# The options beside a CONFIG that are not keys of it (`--output` is one, and text whatever it looks like).
 _VALUE_OPTIONS = ("--output", "--resume")
 _FLAGS = ("--help",)
 
@@ -187,6 +244,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
     )
 
+    for name, summary, text, examples in (
+        ("sft", "fine-tune a language model on texts", _SFT, _SFT_EXAMPLES),
+        ("reward-model", "train a reward model on preferences", _REWARD_MODEL, _REWARD_MODEL_EXAMPLES),
+    ):
+        stage = command(name, summary, text, examples, "CONFIG [--output DIR] [--section.key VALUE ...]")
+        stage.add_argument("config", metavar="CONFIG", help="YAML file")
+        stage.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME for a CONFIG NAME.yaml)")
+        stage.add_argument(
+            "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
+        )
+
     evaluate = command(
         "evaluate",
         "evaluate a trained policy",
@@ -237,6 +305,17 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument("--best", action="store_true", help="by the policy of the run's best evaluation instead")
     which.add_argument("--reference", action="store_true", help="by the model that training started from instead")
 
+    merge = command(
+        "merge",
+        "write a run's model with its adapter merged",
+        _MERGE,
+        _MERGE_EXAMPLES,
+        "RUN [--output DIR] [--best]",
+    )
+    merge.add_argument("run", metavar="RUN", help="run folder of a language run")
+    merge.add_argument("--output", metavar="DIR", help="a new or empty folder (default: RUN/merged)")
+    merge.add_argument("--best", action="store_true", help="the policy of the run's best evaluation, not its last")
+
     plot = command(
         "plot",
         "draw learning curves of several runs",
@@ -256,8 +335,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--x", choices=("steps", "iteration", "seconds"), default="steps", help="the other axis (default: steps)"
     )
 
-    config = command("config", "list the keys of a config", _CONFIG, _CONFIG_EXAMPLES, "{language,control}")
-    config.add_argument("world", choices=("language", "control"), help="the kind of run")
+    worlds = ("language", "control", "sft", "reward-model")
+    config = command("config", "list the keys of a config", _CONFIG, _CONFIG_EXAMPLES, f"{{{','.join(worlds)}}}")
+    config.add_argument("world", choices=worlds, help="the kind of run")
     return parser
 
 

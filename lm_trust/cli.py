@@ -1,4 +1,4 @@
-"""The command line: `lm-trust train | evaluate | generate | plot | config`.
+"""The command line: `lm-trust train | sft | reward-model | evaluate | generate | merge | plot | config`.
 
 What can be checked without loading a model is checked before anything heavy is imported, and what is wrong is
 told in `error:` lines on stderr with status 2. A run that a signal stopped exits with 130 (Ctrl-C) or 143
@@ -20,6 +20,7 @@ from lm_trust.errors import UserError
 if TYPE_CHECKING:
     from lm_trust.training.config import Config
 
+_WITH_CONFIG = ("train", "sft", "reward-model")  # the commands whose config's keys may stand on the command line
 # What a resumed run may change: how long it is, what is noted on the way, and where the same files lie now.
 _MAY_CHANGE = (
     "output",
@@ -27,8 +28,12 @@ _MAY_CHANGE = (
     "total_steps",
     "evaluation.",
     "checkpoint.",
+    "completions.",
+    "stop.",
     "trackers",
     "rollout.microbatch_size",
+    "environment.processes",
+    "critic.own_process",
     "model.path",
     "model.adapter",
     "prompts.path",
@@ -41,12 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         overrides: list[tuple[str, str]] = []
-        if given[:1] == ["train"]:
+        if given[:1] and given[0] in _WITH_CONFIG:
             given, overrides = split_overrides(given)
         parsed = make_parser().parse_args(given)
         if parsed.command == "train":
             return _train(parsed, overrides)
-        commands = {"evaluate": _evaluate, "generate": _generate, "plot": _plot, "config": _config}
+        if parsed.command in ("sft", "reward-model"):
+            return _stage(parsed, overrides)
+        commands = {
+            "evaluate": _evaluate,
+            "generate": _generate,
+            "merge": _merge,
+            "plot": _plot,
+            "config": _config,
+        }
         return commands[parsed.command](parsed)
     except UserError as error:
         for line in str(error).splitlines():
@@ -55,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the runner takes over the signals; nothing has been done yet
         return 130
     except BrokenPipeError:  # `lm-trust config language | head`
-        if given[:1] == ["train"]:
+        if given[:1] and given[0] in _WITH_CONFIG:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -72,7 +85,7 @@ def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
             raise UserError("give a CONFIG file, or --resume DIR; see lm-trust train --help")
         config = load_config(parsed.config, overrides)
         output, resume = Path(parsed.output or config.output).expanduser(), None
-        _check_output(output)
+        _check_output(output, f"continue it with --resume {output}")
     else:
         output = resume = _run_folder(parsed.resume)
         if parsed.output is not None and Path(parsed.output).expanduser().resolve() != resume.resolve():
@@ -85,6 +98,25 @@ def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from lm_trust.training.run import train
 
     return train(config, output, resume)
+
+
+def _stage(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from lm_trust.training.config_file import load_config
+    from lm_trust.training.config_stages import RewardModelConfig, SftConfig
+
+    if parsed.output == "":
+        raise UserError("--output: must not be empty")
+    config = load_config(parsed.config, overrides, root=SftConfig if parsed.command == "sft" else RewardModelConfig)
+    output = Path(parsed.output or config.output).expanduser()
+    _check_output(output, "remove it")
+    config = config.model_copy(update={"output": str(output)})
+
+    if parsed.command == "sft":
+        from lm_trust.stages.sft import sft as stage
+    else:
+        from lm_trust.stages.reward_model import reward_model as stage
+
+    return stage(config, output)
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
@@ -113,6 +145,16 @@ def _generate(parsed: argparse.Namespace) -> int:
     return generate(run, parsed.prompt, parsed.count, parsed.max_new_tokens, parsed.seed, parsed.reference, parsed.best)
 
 
+def _merge(parsed: argparse.Namespace) -> int:
+    run = _run_folder(parsed.run)
+    if parsed.output == "":
+        raise UserError("--output: must not be empty")
+
+    from lm_trust.training.run import merge
+
+    return merge(run, None if parsed.output is None else Path(parsed.output).expanduser(), parsed.best)
+
+
 def _plot(parsed: argparse.Namespace) -> int:
     runs = [_run_folder(run) for run in parsed.runs]
 
@@ -128,8 +170,10 @@ def _plot(parsed: argparse.Namespace) -> int:
 def _config(parsed: argparse.Namespace) -> int:
     from lm_trust.training.config import ControlConfig, LanguageConfig
     from lm_trust.training.config_help import key_listing
+    from lm_trust.training.config_stages import RewardModelConfig, SftConfig
 
-    print(key_listing(LanguageConfig if parsed.world == "language" else ControlConfig), flush=True)
+    roots = {"language": LanguageConfig, "control": ControlConfig, "sft": SftConfig, "reward-model": RewardModelConfig}
+    print(key_listing(roots[parsed.world]), flush=True)
     return 0
 
 
@@ -142,12 +186,10 @@ def _run_folder(given: str) -> Path:
     return run
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, instead: str) -> None:
     """A new run never writes over an old one."""
     if os.path.exists(output / "metrics.jsonl"):
-        raise UserError(
-            f"output: {output} already holds a run; continue it with --resume {output}, or choose another --output"
-        )
+        raise UserError(f"output: {output} already holds a run; {instead}, or choose another --output")
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"output: {output} is a file; choose another --output")
 

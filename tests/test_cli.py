@@ -28,7 +28,7 @@ CONTROL = """\
 total_steps: 1000
 environment: {id: CartPole-v1}
 """
-COMMANDS = ([], ["train"], ["evaluate"], ["generate"], ["plot"], ["config"])
+COMMANDS = ([], ["train"], ["evaluate"], ["generate"], ["plot"], ["config"], ["sft"], ["reward-model"], ["merge"])
 
 
 @pytest.fixture

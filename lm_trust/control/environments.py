@@ -24,6 +24,7 @@ def make_environments(
     *,
     seed: int,
     arguments: dict[str, Any] | None = None,
+    processes: int = 1,
     remember: int = 0,
     backend: str = "gymnasium",
 ) -> Environments | VectorEnvironments:
@@ -35,6 +36,7 @@ def make_environments(
         count: how many copies.
         seed: of which every episode's seed is a function; evaluation takes another than training.
         arguments: keyword arguments of the environment or factory.
+        processes: that step them, this one among them; the results are the same.
         remember: how many of them, from the first, are `Remembering`: their last episode can be shown.
         backend: "gymnasium", or "envpool" for training: see `lm_trust.control.pool`.
 
@@ -49,7 +51,7 @@ def make_environments(
         for number in range(count):
             env = _made(id, make, arguments or {})
             envs.append(Remembering(env) if number < remember else env)
-        return Environments(id, envs, seed=seed)
+        return Environments(id, envs, seed=seed, processes=processes)
     except BaseException:
         for env in envs:
             env.close()

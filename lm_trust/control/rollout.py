@@ -141,6 +141,10 @@ class ControlTask:
         if self.normalise_observations:
             policy.normaliser.update(rollout.observations[rollout.mask])
 
+    def describe(self, rollout: Rollout, row: int, step: int) -> str:
+        """Where a number of a rollout stands, in words."""
+        return f"step {step} of environment {row}"
+
     def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]:
         """`count` episodes with the most likely actions, on separate environments; see `evaluate_policy`."""
         if self._make_evaluation is None:

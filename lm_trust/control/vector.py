@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from lm_trust.control.processes import shared_out
 from lm_trust.control.spaces import action_space, observation_encoder
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
@@ -48,6 +49,7 @@ class Environments:
         name: what messages call the environment.
         envs: the copies, alike but separate.
         seed: of which every episode's seed is a function.
+        processes: that step them, this one among them. The results are the same.
 
     Attributes:
         count: B.
@@ -62,17 +64,18 @@ class Environments:
 
     keeps_episodes = True
 
-    def __init__(self, name: str, envs: Sequence[gymnasium.Env], *, seed: int) -> None:
+    def __init__(self, name: str, envs: Sequence[gymnasium.Env], *, seed: int, processes: int = 1) -> None:
         if len({id(env) for env in envs}) < len(envs):
             raise UserError(f"environment {name}: the factory returned one object twice, not a new one")
         self.name = name
-        self.envs = list(envs)
-        self.count = len(self.envs)
+        self.count = len(envs)
         self.action_space = action_space(envs[0].action_space, name)
         self.observation_size, self._encode = observation_encoder(envs[0].observation_space, name)
         self._seed = seed
-        self._step_functions = [env.step for env in self.envs]
         given = self.action_space.to_environment(np.zeros((self.count, *self.action_space.shape), np.int64))
+        self.envs, self._shares = shared_out(envs, processes, given, self.observation_size, self._encode)
+        self._here = range(self.count - sum(len(share.envs) for share in self._shares))
+        self._step_functions = [env.step for env in self.envs]
         self._log = np.empty((256, *given.shape), given.dtype)  # of what the environments were given
         self.reset()
 
@@ -107,21 +110,21 @@ class Environments:
         terminated, truncated = np.zeros(self.count, bool), np.zeros(self.count, bool)
         valid = np.zeros(self.count, bool)
         valid[slice(None) if rows is None else list(rows)] = True
-        ended = []
-        for row in range(self.count) if rows is None else rows:
-            observation, reward, end, limit, _ = self._step_functions[row](given[row])
+        shares = self._shares if rows is None else []
+        for share in shares:
+            share.start(given)
+        for row in self._here if rows is None else rows:
+            observation, rewards[row], terminated[row], truncated[row], _ = self._step_functions[row](given[row])
             observations[row] = observation if encode is None else encode(observation)
-            rewards[row] = reward
-            if end or limit:
-                terminated[row], truncated[row] = end, limit
-                ended.append(row)
+        for share in shares:
+            share.finish(observations, rewards, terminated, truncated)
         # A sum of squares is the cheapest look at every number; where it overflows, the exact check decides.
         if not math.isfinite(np.vdot(observations, observations) + np.vdot(rewards, rewards)):
             self._require_finite(observations, "observation")
             self._require_finite(rewards, "reward")
 
         final = {}
-        for row in ended:
+        for row in (terminated | truncated).nonzero()[0].tolist():
             final[row] = observations[row].copy()
             observations[row] = self._begin(row, self._episodes[row] + 1)
         self.observations = observations

@@ -29,6 +29,7 @@ class Rollout:
         group_size: consecutive rows that share a prompt.
         whole_sequences: True where rows are sequences that a minibatch must not cut.
         metrics: the world's own numbers for the log, unscaled.
+        samples: what people may read of each row, B values a column; empty in a world where there is nothing to read.
     """
 
     observations: Any
@@ -43,6 +44,7 @@ class Rollout:
     group_size: int = 1
     whole_sequences: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass

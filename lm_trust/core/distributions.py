@@ -37,6 +37,9 @@ class Distribution(Protocol):
 
     def fisher_product(self, *tangents: Tensor) -> Tensor | tuple[Tensor, ...]: ...
 
+    def mixed(self, other: Any, weight: Tensor) -> Distribution:
+        """The distribution proportional to self ** weight * other ** (1 - weight), weight (B, T)."""
+
     def detach(self) -> Distribution:
         """A snapshot: cut from the graph, and from storage that it may share with a parameter that will move."""
 
@@ -98,6 +101,12 @@ class Categorical:
         probabilities = self.log_probs.exp()
         return probabilities * (tangent - (probabilities * tangent).sum(-1, keepdim=True))
 
+    def mixed(self, other: Categorical, weight: Tensor) -> Categorical:
+        """Proportional to self ** weight * other ** (1 - weight), weight (B, T): from other at 0 to self at 1."""
+        excluded = other.log_probs == -math.inf  # and so in the mixture; the difference would be no number
+        difference = torch.where(excluded, 0.0, self.log_probs - other.log_probs)
+        return Categorical(other.log_probs + weight.unsqueeze(-1) * difference)
+
     def detach(self) -> Categorical:
         """A snapshot of the distribution, without graph."""
         return Categorical(self.logits.detach().clone())
@@ -157,6 +166,11 @@ class MultiCategorical:
         parts = tangent.split(self.sizes, dim=-1)
         products = [one.fisher_product(part) for one, part in zip(self._dimensions, parts, strict=True)]
         return torch.cat(products, dim=-1)
+
+    def mixed(self, other: MultiCategorical, weight: Tensor) -> MultiCategorical:
+        """As for `Categorical`, in each dimension."""
+        parts = [one.mixed(two, weight) for one, two in zip(self._dimensions, other._dimensions, strict=True)]
+        return MultiCategorical(torch.cat([part.logits for part in parts], dim=-1), self.sizes)
 
     def detach(self) -> MultiCategorical:
         """A snapshot of the distribution, without graph."""
@@ -218,6 +232,13 @@ class DiagonalGaussian:
         """(dm / sigma^2, 2 ds) for tangents dm of the mean and ds of the log-std, each (B, T, A)."""
         mean_tangent, log_std_tangent = tangents
         return mean_tangent * torch.exp(-2 * self.log_std), 2 * log_std_tangent
+
+    def mixed(self, other: DiagonalGaussian, weight: Tensor) -> DiagonalGaussian:
+        """As for `Categorical`: a Gaussian whose precision, and precision times mean, are the weighted ones."""
+        weight = weight.unsqueeze(-1)
+        own, others = weight * torch.exp(-2 * self.log_std), (1 - weight) * torch.exp(-2 * other.log_std)
+        precision = own + others
+        return DiagonalGaussian((own * self.mean + others * other.mean) / precision, -0.5 * torch.log(precision))
 
     def detach(self) -> DiagonalGaussian:
         """A snapshot of the distribution, without graph; log_std is often a view of a parameter."""

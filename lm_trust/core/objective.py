@@ -38,6 +38,11 @@ class Measurement(NamedTuple):
     def finite(self) -> bool:
         return all(math.isfinite(value) for value in self if value is not None)
 
+    def improves(self, price: float = 0.0, least: float = 0.0) -> bool:
+        """Whether the gain, less price * step_kl_max, is positive and at least `least`."""
+        worth = self.gain - price * self.step_kl_max
+        return worth > 0 and worth >= least
+
 
 class SurrogateObjective:
     """The surrogate at theta_old and at candidates, with the exact KLs, over all valid steps of a batch.

@@ -11,61 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.batch import spread_rows
 from lm_trust.core.budget import step_within_budget
-from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_gradient
 from lm_trust.core.distributions import Distribution
-from lm_trust.core.fisher import FisherOperator
+from lm_trust.core.natural_gradient import natural_gradient
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
-
-
-@dataclass
-class StepReport:
-    """The certificate of one update.
-
-    Attributes:
-        accepted: whether the parameters moved.
-        reason: "accepted", or why not: "zero_gradient", "non_finite", "negative_curvature", "kl_exceeded",
-            "budget_exceeded", "no_improvement".
-        step_kl: mean exact KL(old || new) over valid steps, nats per step; 0.0 after a rejection.
-        step_kl_max: its maximum over valid steps.
-        surrogate_gain: measured change of the mean surrogate objective; 0.0 after a rejection.
-        predicted_gain: what the linear model foretold for the step taken; None where a rule predicts nothing.
-        backtracks: how many times the step was shortened by the backtrack ratio.
-        step_fraction: the share of the full step that was taken; 0.0 after a rejection.
-        cg_iterations: Fisher products spent.
-        cg_residual: |g - (F + damping I) x| / |g|.
-        cg_stopped: why conjugate gradient stopped (see `conjugate_gradient`); "" where a rule has none.
-        gradient_norm: |g| of the surrogate objective.
-        metrics: a rule's own numbers and words for the log; with a reference, "reference_kl_after" in nats per row,
-            and with a budget for it "constraint" (see `TwoConstraintStep.case`).
-    """
-
-    accepted: bool
-    reason: str
-    step_kl: float = 0.0
-    step_kl_max: float = 0.0
-    surrogate_gain: float = 0.0
-    predicted_gain: float | None = 0.0
-    backtracks: int = 0
-    step_fraction: float = 0.0
-    cg_iterations: int = 0
-    cg_residual: float = 0.0
-    cg_stopped: str = ""
-    gradient_norm: float = 0.0
-    metrics: dict[str, float | str] = field(default_factory=dict)
-
-    def as_metrics(self) -> dict[str, Any]:
-        """One flat dictionary for the log."""
-        values = asdict(self)
-        return values | values.pop("metrics")
+from lm_trust.core.report import StepReport
 
 
 def trust_region_step(
@@ -136,64 +92,32 @@ def trust_region_step(
         bounded=reference_budget is not None,
         microbatch_size=microbatch_size,
     )
-    gradient = objective.gradient(parameters)
-    gradient_norm = gradient.norm().item()
-    known = {} if objective.reference_kl is None else {"reference_kl_after": objective.reference_kl}
-    largest = gradient.abs().max()
-    if not torch.isfinite(largest):
-        return StepReport(False, "non_finite", gradient_norm=gradient_norm, metrics=known)
-    if largest == 0:
-        return StepReport(False, "zero_gradient", metrics=known)
-
-    rows = spread_rows(len(actions), fisher_fraction) if fisher_fraction < 1 else slice(None)
-    fisher = FisherOperator(
-        policy,
-        observations if fisher_fraction >= 1 else observations[rows],
-        mask=objective.mask[rows],
-        method=fisher_method,
+    direction, report = natural_gradient(
+        objective,
+        observations,
+        parameters,
+        damping=damping,
+        cg_iterations=cg_iterations,
+        cg_tolerance=cg_tolerance,
+        fisher_fraction=fisher_fraction,
+        fisher_method=fisher_method,
         microbatch_size=microbatch_size,
+        preconditioner=preconditioner,
     )
-
-    def solve(right_hand_side: Tensor) -> ConjugateGradientResult:
-        return conjugate_gradient(
-            fisher.undamped,
-            right_hand_side,
-            max_iterations=cg_iterations,
-            tolerance=cg_tolerance,
-            damping=damping,
-            preconditioner=preconditioner,
-        )
-
-    # The step does not depend on the gradient's length; at unit size no square of it can overflow.
-    unit = gradient / largest
-    solved = solve(unit)
-    report = StepReport(
-        False,
-        "non_finite",
-        cg_iterations=solved.iterations,
-        cg_residual=solved.residual_norm / unit.norm().item(),
-        cg_stopped=solved.stopped,
-        gradient_norm=gradient_norm,
-        metrics=known,
-    )
-    if solved.stopped == "non_finite":
+    if direction is None:
         return report
-    # What was solved before a negative curvature showed is still an ascent direction (truncated Newton); it goes on to
-    # the line search where the Fisher is positive along it.
-    if not solved.curvature > 0:
-        report.reason = "negative_curvature"
-        return report
+    unit, solved = direction.unit, direction.solved
     limit, needs_gain = math.inf, True
     if reference_budget is None:
         full_step = math.sqrt(2 * max_kl / solved.curvature) * solved.solution
     else:
-        bounded = step_within_budget(objective, unit, solved, solve, max_kl=max_kl, budget=reference_budget)
+        bounded = step_within_budget(objective, unit, solved, direction.solve, max_kl=max_kl, budget=reference_budget)
         full_step, limit, needs_gain = bounded.step, bounded.limit, bounded.needs_gain
         report.cg_iterations += bounded.cg_iterations
         report.metrics["constraint"] = bounded.case
     if not torch.isfinite(full_step).all():
         return report
-    full_gain = gradient.dot(full_step).item()
+    full_gain = direction.gradient.dot(full_step).item()
     return line_search(
         objective,
         parameters,
@@ -225,6 +149,7 @@ def line_search(
     accept_ratio: float,
     reference_limit: float = math.inf,
     needs_gain: bool = True,
+    price: float = 0.0,
 ) -> StepReport:
     """Shorten `full_step` until the exact KLs are within their bounds and the surrogate improves; else restore.
 
@@ -237,6 +162,7 @@ def line_search(
         max_kl, backtrack_ratio, max_backtracks, first_backtracks, accept_ratio: as for `trust_region_step`.
         reference_limit: the largest exact reference KL to accept, nats per row.
         needs_gain: whether the surrogate must improve.
+        price: of a nat of the largest step KL, in objective units: so much must the improvement be worth.
     """
     start = [parameter.detach().clone() for parameter in parameters]
     theta = flatten(start)
@@ -256,7 +182,7 @@ def line_search(
                 further = max(1, math.floor(math.log(max_kl / found.step_kl) / (2 * math.log(backtrack_ratio))))
             elif found.reference_kl is not None and found.reference_kl > reference_limit:
                 report.reason = "budget_exceeded"
-            elif needs_gain and (found.gain <= 0 or found.gain < accept_ratio * fraction * (full_gain or 0.0)):
+            elif needs_gain and not found.improves(price, accept_ratio * fraction * (full_gain or 0.0)):
                 report.reason = "no_improvement"
             else:
                 report.accepted, report.reason = True, "accepted"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lm_trust.lm.generation import Completions
 from lm_trust.lm.policy import CausalPolicy
+from lm_trust.lm.rewards import RewardScores
 
 
 def reward_interval(scores: Tensor, prompts: Tensor) -> list[float] | None:
@@ -64,22 +65,27 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
 def evaluation_record(
     policy: CausalPolicy,
     completions: Completions,
-    scores: Tensor,
+    scores: RewardScores,
     rows: Tensor,
     prompt_texts: Sequence[str],
     completion_texts: Sequence[str],
 ) -> dict[str, Any]:
-    """One side ("before" or "after") of evaluation.json; `samples` are all completions with their rewards."""
+    """One side ("before" or "after") of evaluation.json; `samples` are all completions with their rewards.
+
+    Each part of the reward has its mean, `reward/NAME`, and its interval, `reward_interval/NAME`.
+    """
     ids = [row[:length].tolist() for row, length in zip(completions.tokens, completions.lengths.tolist(), strict=True)]
     return {
-        "reward_mean": scores.mean().item(),
-        "reward_interval": reward_interval(scores, rows),
-        "count": len(scores),
+        "reward_mean": scores.total.mean().item(),
+        "reward_interval": reward_interval(scores.total, rows),
+        "count": len(scores.total),
+        **{f"reward/{name}": part.mean().item() for name, part in scores.parts.items()},
+        **{f"reward_interval/{name}": reward_interval(part, rows) for name, part in scores.parts.items()},
         **divergence_and_perplexity(policy, completions),
         "distinct_2": distinct_2(ids),
         "completion_length": completions.lengths.double().mean().item(),
         "samples": [
             {"prompt": prompt, "completion": completion, "reward": score}
-            for prompt, completion, score in zip(prompt_texts, completion_texts, scores.tolist(), strict=True)
+            for prompt, completion, score in zip(prompt_texts, completion_texts, scores.total.tolist(), strict=True)
         ],
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lm_trust.lm.policy import CausalPolicy, TokenObservations
 
@@ -69,6 +69,23 @@ def complete(prompt_mask: Tensor, prompts: Tensor, tokens: Tensor, *, eos_ids: S
     return Completions(observations, tokens, lengths, ended)
 
 
+class _EndWhereBroken(LogitsProcessor):
+    """Lets a completion end where its logits are NaN or infinite, so that there is no distribution to draw from.
+
+    Nothing passes by it unseen: scoring meets the same logits, and whoever scores finds that token's log-probability.
+    """
+
+    def __init__(self, eos_id: int, temperature: float) -> None:
+        self._eos_id, self._temperature = eos_id, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # A logit of -inf is a probability of zero, as long as one is above it.
+        broken = ~(scores.amax(-1, keepdim=True) / self._temperature).isfinite()
+        end = torch.full_like(scores[:1], -torch.inf)
+        end[:, self._eos_id] = 0.0
+        return torch.where(broken, end, scores)
+
+
 @torch.no_grad()
 def sample_completions(
     policy: CausalPolicy,
@@ -104,6 +121,7 @@ def sample_completions(
         pad_token_id=pad_id,
         use_cache=True,
     )
+    broken = LogitsProcessorList([_EndWhereBroken(eos_ids[0], policy.temperature)])
     seed = int(torch.randint(2**62, (), generator=generator))
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -112,7 +130,11 @@ def sample_completions(
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        sequences = policy.causal_lm.generate(
-            input_ids=prompts, attention_mask=prompt_mask.long(), generation_config=settings
-        )
+        with policy.generating():
+            sequences = policy.causal_lm.generate(
+                input_ids=prompts,
+                attention_mask=prompt_mask.long(),
+                generation_config=settings,
+                logits_processor=broken,
+            )
     return complete(prompt_mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=eos_ids)

@@ -1,12 +1,13 @@
 """The causal language model as a policy: states are token prefixes, actions are next tokens.
 
-One module holds the trainable policy and its frozen reference: a base model with a LoRA adapter. The reference is the
-policy that training starts from: the base with the adapter off, or, when training starts from an adapter, a frozen
-copy of that adapter. Base weights never change.
+One module holds the trainable policy and its frozen reference, which is the policy that training starts from. With a
+LoRA adapter that is the base with the adapter off, or, when training starts from an adapter, a frozen copy of that
+adapter; base weights never change. Without one all weights are trained, and the reference is a frozen copy of them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lm_trust.core.batch import row_chunks
+from lm_trust.lm.half_precision import in_full_precision, last_hidden_states
 from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
 REFERENCE_ADAPTER = "reference"
@@ -51,20 +54,37 @@ class TokenObservations:
 
 
 class CausalPolicy(nn.Module):
-    """A LoRA-adapted causal language model with `distribution(observations)`.
+    """A causal language model with `distribution(observations)`.
+
+    It is put in evaluation mode for good: dropout would make the scored distribution another one.
 
     Args:
-        model: the PEFT model; its adapter named "default" is trained, one named "reference" is the reference if there
-            is one. It is put in evaluation mode for good: dropout would make the scored distribution another one.
+        model: a PEFT model, whose adapter named "default" is trained, with one named "reference" for the reference if
+            there is one; or a transformers model, all of whose weights are trained, and which is copied here.
         temperature: of sampling and of every score, policy and reference alike.
         microbatch_size: rows in one pass where no graph is wanted; None takes all. Changes memory, not the result.
+        autocast: what the model computes in up to its last hidden state, in sampling and scoring alike; what comes
+            after is in the weights' own precision. None: all of it is.
     """
 
-    def __init__(self, model: PeftModel, temperature: float = 1.0, microbatch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        temperature: float = 1.0,
+        microbatch_size: int | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.start = None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False)
         self.temperature = temperature
         self.microbatch_size = microbatch_size
+        self.autocast = autocast
+        self._at_start = False
+        if autocast is not None:
+            for causal_lm in filter(None, (self.causal_lm, self.start)):
+                in_full_precision(causal_lm.get_output_embeddings())
         self.eval()
 
     def train(self, mode: bool = True) -> CausalPolicy:
@@ -73,8 +93,10 @@ class CausalPolicy(nn.Module):
 
     @property
     def causal_lm(self) -> nn.Module:
-        """The transformers model, its adapted layers inside."""
-        return self.model.get_base_model()
+        """The transformers model that computes now, its adapted layers inside."""
+        if self.start is None:
+            return self.model.get_base_model()
+        return self.start if self._at_start else self.model
 
     @property
     def device(self) -> torch.device:
@@ -86,12 +108,20 @@ class CausalPolicy(nn.Module):
 
     def hidden_states(self, observations: TokenObservations) -> Tensor:
         """(B, prompt_width + T, H) last hidden states, after the final norm."""
-        return self.causal_lm.base_model(
-            input_ids=observations.input_ids,
-            attention_mask=observations.attention_mask.long(),
-            position_ids=observations.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        trunk = self.causal_lm.base_model
+        inputs = {
+            "input_ids": observations.input_ids,
+            "attention_mask": observations.attention_mask.long(),
+            "position_ids": observations.position_ids,
+            "use_cache": False,
+        }
+        if self.autocast is None:
+            return trunk(**inputs).last_hidden_state
+        return last_hidden_states(trunk, self.autocast, inputs)
+
+    def generating(self) -> torch.autocast:
+        """The context for `causal_lm.generate`, in which it computes the hidden states as scoring does."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def step_states(self, observations: TokenObservations, *, final: bool = False) -> Tensor:
         """Hidden states from which each token was drawn, (B, T, H); with `final` also the last state's, (B, T + 1, H).
@@ -128,10 +158,17 @@ class CausalPolicy(nn.Module):
     @contextmanager
     def as_base(self) -> Iterator[None]:
         """Within the context the module computes the untouched base model."""
-        with self.model.disable_adapter():
+        if self.start is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        self._at_start = True
+        try:
             yield
+        finally:
+            self._at_start = False
 
     @property
     def reference_is_base(self) -> bool:
         """Whether training started from the base model, so that reference and base are one."""
-        return REFERENCE_ADAPTER not in self.model.peft_config
+        return self.start is not None or REFERENCE_ADAPTER not in self.model.peft_config

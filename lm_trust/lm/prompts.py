@@ -1,21 +1,17 @@
-"""Prompts: read from a file or dataset, checked row by row, split, encoded, and drawn in shuffled epochs.
+"""Prompts: plain texts or chats, checked row by row, split, encoded, and drawn in shuffled epochs.
 
-`load_prompts` takes JSONL, CSV, Parquet, a folder of the `datasets` library or a dataset on the hub. A local
-file is read as it is: no network and no copy in a cache. Every row keeps its other fields, which the rewards
-receive. Whatever is wrong with the data is a UserError that names the file, the line and the field, before
-training starts.
+`load_prompts` reads them from whatever `lm_trust.lm.rows` reads. Every row keeps its other fields, which the
+rewards receive. Whatever is wrong with the data is a UserError that names the file, the line and the field, before
+training starts; with `BadRows("skip")` such rows are left out and counted instead.
+
+A chat is a list of messages, dictionaries of `role` and `content`, for the model's chat template. Rewards are
+functions of texts: what they receive as the prompt of a chat is its last user message.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import json
-import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +21,28 @@ from torch import Tensor
 
 from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
+from lm_trust.lm.rows import (
+    HALF_CHARACTER,
+    BadRows,
+    Row,
+    good_rows,
+    half_a_character,
+    kind_of,
+    missing_field,
+    read_rows,
+    text_problem,
+)
 
-# What a reader yields for each row: its number from 1, and the row or a sentence that says why not.
-Rows = Iterator[tuple[int, dict[str, Any] | str]]
+Chat = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Prompts:
     """N prompts, none empty, with the other columns of their rows.
 
-    texts: N strings. fields: each other column, N values, None where a row lacks it. source: the file or
-    dataset; unit: what its rows are called, "line" or "row"; numbers: where each prompt stands in it, from 1.
+    texts: N strings, of a chat its last user message. fields: each other column, N values, None where a row lacks
+    it. source: the file or dataset; unit: what its rows are called, "line" or "row"; numbers: where each prompt
+    stands in it, from 1. chats: N chats, None for a prompt that is a plain text; None where all are.
     """
 
     texts: list[str]
@@ -43,6 +50,7 @@ class Prompts:
     source: str
     unit: str
     numbers: list[int]
+    chats: list[Chat | None] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,6 +58,15 @@ class Prompts:
     def where(self, index: int) -> str:
         """Where prompt `index` comes from, for messages: `reviews.jsonl, line 7`."""
         return f"{self.source}, {self.unit} {self.numbers[index]}"
+
+    def chat(self, index: int) -> Chat | None:
+        """Prompt `index` as messages; None where it is a plain text."""
+        return None if self.chats is None else self.chats[index]
+
+    def whole(self, index: int) -> str:
+        """All of prompt `index` as one string, by which prompts are the same or not."""
+        chat = self.chat(index)
+        return self.texts[index] if chat is None else json.dumps(chat, default=str)
 
     def select(self, indices: Sequence[int] | Tensor) -> Prompts:
         """The prompts at the indices, repeats allowed, in their order."""
@@ -60,252 +77,108 @@ class Prompts:
             self.source,
             self.unit,
             [self.numbers[index] for index in indices],
+            None if self.chats is None else [self.chats[index] for index in indices],
         )
 
 
-def load_prompts(path: str | Path, *, field: str = "prompt", split: str | None = None) -> Prompts:
+def user_chat(text: str) -> Chat:
+    """A text as the one message of a user."""
+    return [{"role": "user", "content": text}]
+
+
+def typed_prompt(text: str, *, chat: bool) -> Prompts:
+    """The one prompt that somebody typed."""
+    return Prompts([text], {}, "prompt", "row", [1], [user_chat(text)] if chat else None)
+
+
+def load_prompts(
+    path: str | Path,
+    *,
+    field: str = "prompt",
+    split: str | None = None,
+    chat: bool = False,
+    bad: BadRows | None = None,
+    heldout: bool = False,
+) -> Prompts:
     """Read prompts.
 
-    path: a .jsonl (.json, .ndjson), .csv or .parquet file, a folder (`save_to_disk`'s, or one that
-    `load_dataset` takes), or a hub id. CSV values stay the strings that they are. field: the column that
-    holds the prompt. split: of a dataset with several; without it the only one, or `train`.
-    Raises UserError, naming file, line and field, for a file that cannot be read and for a row that is
-    malformed: bad JSON, no such field, not a string, an empty string.
+    path, split: see `read_rows`. field: the column that holds the prompt, a text or a list of messages. chat: make
+    a text a user's message. bad: takes the malformed rows: bad JSON, no such field, neither a text nor messages,
+    nothing in it; without it the first one is an error. heldout: of a dataset with several splits take `test`.
+    Raises UserError, naming file, line and field, for a file that cannot be read and a bad row.
     """
-    source, unit = str(path), "row"
-    local = Path(os.path.expanduser(source))
-    reader = _READERS.get(local.suffix.lower())
-    # Asked of os.path, which answers False where pathlib raises: a name too long, a NUL in it.
-    if os.path.isdir(local):
-        rows = _dataset_rows(source, str(local), split)
-    elif os.path.isfile(local):
-        if reader is None:
-            raise UserError(
-                f"{source}: prompts are read from {', '.join(_READERS)}, not from {local.suffix or 'this'!r}"
-            )
-        if split is not None:
-            raise UserError(f"{source}: a file has no splits; leave out prompts.split {split!r}")
-        unit = "row" if reader is _parquet_rows else "line"
-        rows = reader(source, local)
-    elif reader is None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
-        rows = _dataset_rows(source, source, split)
+    if heldout:
+        file = read_rows(path, key="prompts.heldout", usual_split="test")
     else:
-        raise UserError(f"prompts.path: {source}: no such file{_nearest_file(local)}")
-
+        file = read_rows(path, split=split, split_key="prompts.split")
     texts: list[str] = []
     fields: dict[str, list] = {}
     numbers: list[int] = []
-    for number, row in rows:
-        problem = row if isinstance(row, str) else _problem(row, field)
-        if problem:
-            raise UserError(f"{source}, {unit} {number}: {problem}")
+    chats: list[Chat | None] = []
+    for number, row in good_rows(file, lambda row: _problem(row, field), bad or BadRows()):
         for name in row:
             if name != field and name not in fields:
                 fields[name] = [None] * len(texts)
         for name, column in fields.items():
             column.append(row.get(name))
-        texts.append(row[field])
+        prompt = row[field]
+        chats.append(_messages(prompt) if isinstance(prompt, list) else user_chat(prompt) if chat else None)
+        texts.append(prompt if isinstance(prompt, str) else _last_user_text(prompt))
         numbers.append(number)
-    if not texts:
-        raise UserError(f"{source}: it holds no rows")
-    return Prompts(texts, fields, source, unit, numbers)
+    return Prompts(texts, fields, file.source, file.unit, numbers, chats if any(chats) else None)
 
 
-def _problem(row: dict[str, Any], field: str) -> str | None:
+def _problem(row: Row, field: str) -> str | None:
     """What is wrong with the row's prompt, if anything."""
-    if field not in row:
-        near = difflib.get_close_matches(field, row, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        names = ", ".join(map(repr, row)) or "none"
-        return f"no field {field!r}; its fields are {names}{hint}; set prompts.field"
-    text = row[field]
-    if not isinstance(text, str):
-        return f"field {field!r} is {'null' if text is None else type(text).__name__}, not a string"
-    if not text:
-        return f"field {field!r} is an empty string"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return f"field {field!r} holds half of a surrogate pair, which no tokenizer can read"
-    return None
+    missing = missing_field(row, field, "prompts.field")
+    if missing:
+        return missing
+    prompt = row[field]
+    if isinstance(prompt, list):
+        words = _chat_problem(prompt)
+        return words and f"field {field!r} {words}"
+    if not isinstance(prompt, str):
+        return f"field {field!r} is {kind_of(prompt)}, not a string or a list of chat messages"
+    return text_problem(row, field, "prompts.field")
 
 
-def _text(source: str, path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{source}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+def _chat_problem(chat: list) -> str | None:
+    """What is wrong with a list of messages, if anything."""
+    if not chat:
+        return "is an empty list"
+    for number, message in enumerate(chat, start=1):
+        if not isinstance(message, dict):
+            return f"is a list of {kind_of(message)}, not of chat messages such as {user_chat('...')[0]}"
+        for name in ("role", "content"):
+            value = message.get(name)
+            if not isinstance(value, str):
+                return f"has no text under {name!r} in message {number} (it is {kind_of(value)})"
+            if half_a_character(value):
+                return f"holds, in message {number}, {HALF_CHARACTER}"
+    if not any(message["role"] == "user" for message in chat):
+        return "holds no message with the role 'user'"
+    if chat[-1]["role"] == "assistant":
+        return "ends with a message of the assistant; a prompt ends before the answer"
+    return None if _last_user_text(chat) else "has an empty last message of the user"
 
 
-def _json_rows(source: str, path: Path) -> Rows:
-    # Not splitlines(): inside a JSON string some of the characters at which that would cut are lawful.
-    for number, line in enumerate(_text(source, path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield (
-                    number,
-                    f"not JSON: {error.msg} at column {error.colno}; the file holds one JSON object a line",
-                )
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of thousands of digits, or as many brackets
-                yield number, f"not JSON that can be read: {' '.join(str(error).split())[:200]}"
-            else:
-                is_object = isinstance(row, dict)
-                yield (
-                    number,
-                    row if is_object else f"a JSON {type(row).__name__} where an object was expected",
-                )
+def _messages(chat: list) -> Chat:
+    """Without the keys that only other rows' messages have: Parquet fills them with None."""
+    return [{name: value for name, value in message.items() if value is not None} for message in chat]
 
 
-def _csv_rows(source: str, path: Path) -> Rows:
-    reader = csv.reader(io.StringIO(_text(source, path), newline=""), strict=True)
-    header: list[str] | None = None
-    first_line = 1  # a quoted value may hold line ends: a row is known by the line on which it begins
-    while True:
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            yield first_line, f"not CSV: {error}"
-            return
-        if values is None:
-            return
-        if header is None and values:
-            header = values
-            twice = [name for name in header if header.count(name) > 1]
-            if twice:
-                raise UserError(f"{source}, line {first_line}: two columns are named {twice[0]!r}")
-        elif header is not None and len(values) == len(header):
-            yield first_line, dict(zip(header, values, strict=True))
-        elif header is not None and values:  # a line without anything on it is no row
-            yield first_line, f"{len(values)} values under {len(header)} column names"
-        first_line = reader.line_num + 1
-
-
-def _parquet_rows(source: str, path: Path) -> Rows:
-    import pyarrow.parquet
-
-    try:
-        columns = pyarrow.parquet.read_table(path).to_pydict()
-    except Exception as error:
-        raise UserError(
-            f"{source}: not a Parquet file that can be read: {' '.join(str(error).split())[:200]}"
-        ) from error
-    yield from _column_rows(columns)
-
-
-def _column_rows(columns: dict[str, list]) -> Rows:
-    for number, values in enumerate(zip(*columns.values(), strict=True), start=1):
-        yield number, dict(zip(columns, values, strict=True))
-
-
-def _dataset_rows(source: str, path: str, split: str | None) -> Rows:
-    import datasets  # here: it takes a second to import, and a local file has no need of it
-
-    saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    try:
-        if saved:
-            dataset = datasets.load_from_disk(path)
-        elif Path(path).is_dir():
-            # The tables that `datasets` builds of a folder's files are kept no longer than this call.
-            with tempfile.TemporaryDirectory() as cache:
-                dataset = datasets.load_dataset(path, cache_dir=cache, keep_in_memory=True)
-        else:
-            dataset = datasets.load_dataset(path)
-        if isinstance(dataset, datasets.DatasetDict):
-            dataset = dataset[_choose_split(source, list(dataset), split)]
-        elif split is not None and str(dataset.split) != split:
-            raise UserError(f"{source}: no split {split!r}; the folder holds one dataset without splits")
-        columns = dataset.to_dict()
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        what = "a dataset folder" if Path(path).is_dir() else "a local file, nor a dataset on the hub"
-        raise UserError(f"{source}: not {what} that can be read ({reason})") from error
-    yield from _column_rows(columns)
-
-
-def _choose_split(source: str, splits: list[str], split: str | None) -> str:
-    chosen = split if split is not None else splits[0] if len(splits) == 1 else "train"
-    if chosen not in splits:
-        asked = f"no split {split!r}" if split is not None else "several splits and none named 'train'"
-        raise UserError(f"{source}: {asked}; set prompts.split to one of {', '.join(map(repr, splits))}")
-    return chosen
-
-
-def _nearest_file(path: Path) -> str:
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except (OSError, ValueError):
-        return f", and no folder {str(path.parent)!r}"
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
-
-
-_READERS: dict[str, Callable[[str, Path], Rows]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    ".ndjson": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def encode(tokenizer: Any, prompts: Prompts, *, context: int | None, max_new_tokens: int) -> list[list[int]]:
-    """The token ids of every prompt, as the tokenizer makes them (with a start token where it sets one).
-
-    tokenizer: of transformers. context: positions that the model has, None where it sets no limit.
-    Raises UserError where a prompt has no tokens, or leaves no room for max_new_tokens: all prompts are
-    looked at, the first offending row is named with the number of the others and the length that would fit.
-    """
-    encoded = tokenizer(prompts.texts, padding=False, truncation=False, verbose=False)["input_ids"]
-    ids = [list(row) for row in encoded]
-    empty = [index for index, row in enumerate(ids) if not row]
-    if empty:
-        raise UserError(
-            f"{prompts.where(empty[0])}: the tokenizer makes no token of the prompt "
-            f"{prompts.texts[empty[0]][:60]!r}{_and_others(empty)}; "
-            "a prompt needs at least one, so change or remove it"
-        )
-    if context is None:
-        return ids
-    room = context - max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"rollout.max_new_tokens: {max_new_tokens} leaves no room for a prompt in the "
-            f"model's context of {context} tokens; the longest prompt has {max(map(len, ids))}"
-        )
-    long = [index for index, row in enumerate(ids) if len(row) > room]
-    if long:
-        longest = max(len(ids[index]) for index in long)
-        raise UserError(
-            f"{prompts.where(long[0])}: a prompt of {len(ids[long[0]])} tokens and max_new_tokens "
-            f"{max_new_tokens} exceed the model's context of {context} tokens{_and_others(long)}; "
-            f"shorten prompts to {room} tokens (the longest has {longest}) or lower rollout.max_new_tokens"
-        )
-    return ids
-
-
-def _and_others(indices: list[int]) -> str:
-    return f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
+def _last_user_text(chat: Chat) -> str:
+    return next(message["content"] for message in reversed(chat) if message["role"] == "user")
 
 
 def split_heldout(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts, Prompts]:
     """(training, held out): a split by the seed alone, each side in the prompts' own order.
 
-    fraction: of the distinct texts that are held out, in (0, 1). Rows with the same text stay on one side, so
+    fraction: of the distinct prompts that are held out, in (0, 1). Rows with the same prompt stay on one side, so
     that no held-out prompt was ever trained on. Raises UserError where a side would be empty.
     """
-    distinct = list(dict.fromkeys(prompts.texts))
+    whole = [prompts.whole(index) for index in range(len(prompts))]
+    distinct = list(dict.fromkeys(whole))
     count = round(fraction * len(distinct)) if 0 < fraction < 1 else 0
     if not 0 < count < len(distinct):
         raise UserError(
@@ -315,7 +188,7 @@ def split_heldout(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts
     order = torch.randperm(len(distinct), generator=make_generator(seed, "lm.heldout")).tolist()
     held_out = {distinct[index] for index in order[:count]}
     sides: tuple[list[int], list[int]] = ([], [])
-    for index, text in enumerate(prompts.texts):
+    for index, text in enumerate(whole):
         sides[text in held_out].append(index)
     return prompts.select(sides[0]), prompts.select(sides[1])
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lm_trust.core.batch import Rollout
 from lm_trust.core.seeding import make_generator
+from lm_trust.lm.completion_texts import CompletionTexts
 from lm_trust.lm.evaluation import evaluation_record
 from lm_trust.lm.generation import Completions, decode, eos_ids, sample_completions
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.prompts import Prompts, PromptSampler
+from lm_trust.lm.reward_scaling import RewardScaler
 from lm_trust.lm.rewards import RewardScores, WeightedRewards
-from lm_trust.lm.token_mdp import LimitRule, TokenRewards, token_rewards
+from lm_trust.lm.token_mdp import LimitRule, Payments, TokenRewards, payments, token_rewards
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class LanguageTask:
         samples_per_prompt: consecutive rows that share a prompt.
         max_new_tokens: the length limit.
         at_limit, limit_penalty: see `token_mdp`.
+        scaling: how the learner sees the rewards; None: as they are.
         with_features: whether a critic wants the reference model's hidden states.
         seed: the run's seed.
 
@@ -58,6 +61,7 @@ class LanguageTask:
         samples_per_prompt: int = 1,
         at_limit: LimitRule = "terminate",
         limit_penalty: float = 0.0,
+        scaling: RewardScaler | None = None,
         with_features: bool = True,
         seed: int = 0,
     ) -> None:
@@ -70,6 +74,8 @@ class LanguageTask:
         self._group_size = samples_per_prompt
         self._at_limit = at_limit
         self._limit_penalty = limit_penalty
+        self._scaler = scaling or RewardScaler()
+        self._batch_size = batch_size
         self._with_features = with_features
         self._seed = seed
         self._sampler = PromptSampler(len(training.ids), batch_size // samples_per_prompt, seed)
@@ -81,12 +87,17 @@ class LanguageTask:
         Raises:
             RewardError: a reward failed; the message names it and the sample.
         """
+        if self._scaler.needs_reference:
+            self._scaler.observe(self._starting_totals(policy))
         rows = self._sampler.next().repeat_interleave(self._group_size)
         completions = self.sample(policy, self.training, rows, self._generator)
-        scores, placed = self.pay(rows, completions)
+        scores, paid = self._earned(rows, completions)
+        self._scaler.observe(paid.totals)
+        placed = self._placed(paid, completions)
         # One pass of the reference serves its distribution and the critic.
         with torch.no_grad(), policy.as_reference():
             states = policy.step_states(completions.observations, final=True)
+            reference = policy.head(states[:, :-1])
         self.steps += int(completions.lengths.sum())
         return Rollout(
             observations=completions.observations,
@@ -97,14 +108,19 @@ class LanguageTask:
             mask=completions.mask,
             critic_inputs=states[:, :-1] if self._with_features else None,
             next_critic_inputs=states[:, 1:] if self._with_features else None,
-            reference=policy.head(states[:, :-1]),
+            reference=reference,
             group_size=self._group_size,
             whole_sequences=True,
             metrics=self._metrics(scores, completions),
+            samples=self._samples(rows, scores, completions),
         )
 
     def after_update(self, policy: CausalPolicy, rollout: Rollout) -> None:
         """Nothing in this world learns besides policy and critic."""
+
+    def describe(self, rollout: Rollout, row: int, step: int) -> str:
+        """Where a number of a rollout stands, in words: its token, its sample and, in short, its prompt."""
+        return f"token {step} of sample {row}, prompt {reprlib.repr(rollout.samples['prompt'][row])}"
 
     def evaluate(self, policy: CausalPolicy, count: int) -> dict[str, Any]:
         """`count` completions of the held-out prompts, always with the same noise, so that before and after compare."""
@@ -112,7 +128,7 @@ class LanguageTask:
         completions = self.sample(policy, self.heldout, rows, make_generator(self._seed, "lm.evaluation"))
         scores = self.score(self.heldout, rows, completions)
         texts = self.heldout.prompts.select(rows).texts
-        return evaluation_record(policy, completions, scores.total, rows, texts, decode(self.tokenizer, completions))
+        return evaluation_record(policy, completions, scores, rows, texts, decode(self.tokenizer, completions))
 
     def sample(self, policy: CausalPolicy, prompts: PromptSet, rows: Tensor, generator: torch.Generator) -> Completions:
         """One completion for each of the prompts' rows."""
@@ -126,59 +142,89 @@ class LanguageTask:
         )
 
     def pay(self, rows: Tensor, completions: Completions) -> tuple[RewardScores, TokenRewards]:
-        """The scores of completions of training prompts, and what each of their tokens is paid."""
-        scores = self.score(self.training, rows, completions)
-        placed = token_rewards(
-            scores.total.float().to(completions.tokens.device),
-            completions.lengths,
-            completions.ended,
-            steps=completions.tokens.shape[1],
-            dense_scores=self.dense_scores(rows, completions),
-            at_limit=self._at_limit,
-            limit_penalty=self._limit_penalty,
-        )
-        return scores, placed
+        """The scores of completions of training prompts, and what each of their tokens is paid.
+
+        Scaled as the last batch was: what is paid here leaves no trace.
+        """
+        scores, paid = self._earned(rows, completions)
+        return scores, self._placed(paid, completions)
+
+    def pay_unfinished(self, rows: Tensor, completions: Completions) -> Tensor:
+        """(B, T) what the tokens of unfinished completions are paid as they are written."""
+        texts = self._texts(self.training, rows, completions)
+        paid = payments(self.rewards, self._scores(texts, pays=("token", "step")), texts)
+        return self._scaler.scale(paid).per_token.float()
 
     def score(self, prompts: PromptSet, rows: Tensor, completions: Completions) -> RewardScores:
         """The rewards of the completions of the prompts' rows."""
-        chosen = prompts.prompts.select(rows)
-        return self.rewards.score(chosen.texts, decode(self.tokenizer, completions), chosen.fields)
+        return self._scores(self._texts(prompts, rows, completions))
 
-    def dense_scores(self, rows: Tensor, completions: Completions) -> Tensor | None:
-        """(B, T + 1) score of the dense rewards after each number of tokens; None where no reward is dense."""
-        if not self.rewards.has_dense:
-            return None
-        lengths = completions.lengths.tolist()
-        prefixes = [
-            ids[:length]
-            for ids, end in zip(completions.tokens.tolist(), lengths, strict=True)
-            for length in range(end + 1)
-        ]
-        chosen = self.training.prompts.select(rows.repeat_interleave(completions.lengths.cpu() + 1))
-        texts = self.tokenizer.batch_decode(prefixes, skip_special_tokens=True)
-        flat = self.rewards.score(chosen.texts, texts, chosen.fields, dense_only=True).total
-        padded = pad_sequence(flat.split([length + 1 for length in lengths]), batch_first=True)
-        return padded.float().to(completions.tokens.device)
+    def _starting_totals(self, policy: CausalPolicy) -> Tensor:
+        """(B,) totals of completions of the policy that training started from, by a random stream of their own."""
+        generator = make_generator(self._seed, "lm.reward_scaling")
+        rows = torch.randperm(len(self.training.ids), generator=generator)
+        rows = rows[torch.arange(self._batch_size) % len(rows)]
+        with policy.as_reference():
+            completions = self.sample(policy, self.training, rows, generator)
+        return self._earned(rows, completions)[1].totals
+
+    def _earned(self, rows: Tensor, completions: Completions) -> tuple[RewardScores, Payments]:
+        texts = self._texts(self.training, rows, completions)
+        scores = self._scores(texts)
+        return scores, payments(self.rewards, scores, texts)
+
+    def _placed(self, paid: Payments, completions: Completions) -> TokenRewards:
+        scaled = self._scaler.scale(paid)
+        device = completions.tokens.device
+        return token_rewards(
+            scaled.final.float().to(device),
+            completions.lengths,
+            completions.ended,
+            per_token=scaled.per_token.float().to(device),
+            at_limit=self._at_limit,
+            limit_penalty=self._limit_penalty,
+        )
+
+    def _texts(self, prompts: PromptSet, rows: Tensor, completions: Completions) -> CompletionTexts:
+        return CompletionTexts(self.tokenizer, prompts.prompts.select(rows), completions)
+
+    def _scores(self, texts: CompletionTexts, **settings: Any) -> RewardScores:
+        return self.rewards.score(
+            texts.prompts.texts,
+            texts.texts,
+            texts.prompts.fields,
+            lengths=texts.lengths,
+            ended=texts.ended,
+            tokens=texts.tokens if self.rewards.pays_by("token") else None,
+            **settings,
+        )
 
     def _metrics(self, scores: RewardScores, completions: Completions) -> dict[str, Any]:
-        parts = (
-            {f"reward/{name}": part.mean().item() for name, part in scores.parts.items()}
-            if len(scores.parts) > 1
-            else {}
-        )
         return {
             "reward_mean": scores.total.mean().item(),
-            **parts,
+            **{f"reward/{name}": part.mean().item() for name, part in scores.parts.items()},
+            **self._scaler.metrics(),
             "completion_length": completions.lengths.double().mean().item(),
             "truncated_fraction": (~completions.ended).double().mean().item(),
         }
 
+    def _samples(self, rows: Tensor, scores: RewardScores, completions: Completions) -> dict[str, list]:
+        return {
+            "prompt": self.training.prompts.select(rows).texts,
+            "completion": decode(self.tokenizer, completions),
+            "reward": scores.total.tolist(),
+            **{f"reward/{name}": part.tolist() for name, part in scores.parts.items()},
+            "tokens": completions.lengths.tolist(),
+            "ended": completions.ended.tolist(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Tokens so far, order of prompts and sampling noise."""
+        """Tokens so far, order of prompts, sampling noise and the moments of rewards."""
         return {
             "steps": self.steps,
             "prompts": self._sampler.state_dict(),
             "generator": self._generator.get_state(),
+            "scaling": self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,6 +232,7 @@ class LanguageTask:
         self.steps = state["steps"]
         self._sampler.load_state_dict(state["prompts"])
         self._generator.set_state(state["generator"])
+        self._scaler.load_state_dict(state["scaling"])
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -20,7 +20,9 @@ class TokenEnv(gymnasium.Env):
     """Writes one completion token by token.
 
     Observation: {"tokens": (L,) prompt and completion ids padded on the right with 0, "length": how many are real}.
-    Action: the next token's id. Reward: as `token_mdp` places it, so 0 until the last token where no reward is dense.
+    Action: the next token's id. Reward: as `token_mdp` places it, scaled as the task's last rollout was; 0 until the
+    last token where every reward scores whole texts. A reward for tokens or steps is asked at each token about the text
+    so far, so that the two agree where its numbers do not depend on what comes later.
     `info` holds the prompt and, at the end, the completion's text. `reset(options={"prompt": index})` chooses the
     prompt; otherwise it is drawn with the environment's own generator.
 
@@ -68,8 +70,7 @@ class TokenEnv(gymnasium.Env):
             eos_ids=self._eos_ids,
         )
         if not written.ended and len(self._completion) < self._task.max_new_tokens:
-            dense = self._task.dense_scores(row, written)
-            return self._observation(), 0.0 if dense is None else float(dense.diff()[0, -1]), False, False, {}
+            return self._observation(), float(self._task.pay_unfinished(row, written)[0, -1]), False, False, {}
         _, paid = self._task.pay(row, written)
         info = {
             "prompt": self._task.training.prompts.texts[self._prompt],

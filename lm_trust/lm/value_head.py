@@ -1,6 +1,7 @@
-"""The default critic's network: a small head on the frozen reference model's hidden states.
+"""The head of every critic of language: from hidden states to values.
 
-The reference pass has computed those states already, so values cost next to nothing and cannot move the policy.
+By itself it is the default critic's network, on the frozen reference model's hidden states: the reference pass has
+computed those already, so values cost next to nothing and cannot move the policy.
 """
 
 from __future__ import annotations

@@ -4,16 +4,22 @@ All logits of a batch are never held at once: a chunk of tokens goes through the
 entropies or divergences, and is dropped. A per-token scalar needs only one gradient vector a token, of the hidden
 size, so that vector is computed while the chunk's logits are there and kept for the backward pass; nothing is
 recomputed. Memory is tokens x hidden size plus one chunk x V, where a plain head holds tokens x V several times over.
+
+Where the head itself is trained (no adapter, all weights move), a token's gradient by its weight is no single vector;
+then a chunk's logits are computed once more in the backward pass, with the same memory.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lm_trust.core.distributions import Categorical
 
@@ -21,34 +27,38 @@ CHUNK_ELEMENTS = 2**24  # logits in flight at a time: 64 MiB in float32
 
 
 class VocabularyCategorical:
-    """Categorical over V tokens at each of (B, T) steps, held as hidden states and a frozen head.
+    """Categorical over V tokens at each of (B, T) steps, held as hidden states and a head.
 
-    Serves the core like `Categorical`, but its own parameters, in which the Fisher metric is taken, are the hidden
-    states. The logits are (hidden @ weight.T + bias) / temperature.
+    Serves the core like `Categorical`. Its own parameters, in which the Fisher metric is taken, are the hidden states
+    where the head is frozen, and the logits where it is trained. The logits are
+    (hidden @ weight.T + bias) / temperature.
 
     Args:
         hidden: (B, T, H) last hidden states, after the final norm.
-        weight: (V, H), frozen.
-        bias: (V,) or None, frozen.
+        weight: (V, H).
+        bias: (V,) or None.
         temperature: of sampling; the distribution that is scored is the one that samples.
-
-    Raises:
-        ValueError: the head is trainable. Then take `Categorical` over the logits, which differentiates it.
+        trained: whether the head is; None: where its weight or bias requires a gradient.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0) -> None:
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            raise ValueError(
-                "the vocabulary head is trainable; VocabularyCategorical differentiates hidden states only"
-            )
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        trained: bool | None = None,
+    ) -> None:
         self.hidden = hidden
         self._weight = weight
         self._bias = bias
         self._temperature = temperature
+        self._trained = self._has_live_head if trained is None else trained
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        return (self.hidden,)
+        return (self._logits(self.hidden) if self._trained else self.hidden,)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-probability of tokens (B, T), in nats."""
@@ -74,28 +84,41 @@ class VocabularyCategorical:
 
     @torch.no_grad()
     def fisher_product(self, *tangents: Tensor) -> Tensor:
-        """W' (diag(p) - p p') W u / temperature^2 for a tangent u of the hidden states, (B, T, H)."""
+        """The metric in `parameters`, applied to a tangent u of theirs.
+
+        Of the logits, (diag(p) - p p') u, (B, T, V); of the hidden states, W' (diag(p) - p p') W u / temperature^2,
+        (B, T, H).
+        """
         (tangent,) = tangents
         flat = tangent.reshape(-1, tangent.shape[-1])
         product = torch.empty_like(flat)
         for rows in self._chunks():
-            moved = F.linear(flat[rows], self._weight).div_(self._temperature)
-            product[rows] = self._chunk(rows).fisher_product(moved) @ self._weight
-        return product.div_(self._temperature).view_as(tangent)
+            if self._trained:
+                product[rows] = self._chunk(rows).fisher_product(flat[rows])
+            else:
+                moved = F.linear(flat[rows], self._weight).div_(self._temperature)
+                product[rows] = (self._chunk(rows).fisher_product(moved) @ self._weight).div_(self._temperature)
+        return product.view_as(tangent)
 
     def detach(self) -> VocabularyCategorical:
         """A snapshot of the distribution, without graph."""
-        return self._with(self.hidden.detach().clone())
+        bias = None if self._bias is None else _frozen(self._bias)
+        return VocabularyCategorical(
+            self.hidden.detach().clone(), _frozen(self._weight), bias, self._temperature, trained=self._trained
+        )
 
     def dense(self) -> Categorical:
         """The same distribution as a plain `Categorical` that holds all logits, (B, T, V)."""
         return Categorical(self._logits(self.hidden))
 
     def __getitem__(self, rows: Any) -> VocabularyCategorical:
-        return self._with(self.hidden[rows])
+        return VocabularyCategorical(
+            self.hidden[rows], self._weight, self._bias, self._temperature, trained=self._trained
+        )
 
-    def _with(self, hidden: Tensor) -> VocabularyCategorical:
-        return VocabularyCategorical(hidden, self._weight, self._bias, self._temperature)
+    @property
+    def _has_live_head(self) -> bool:
+        return self._weight.requires_grad or (self._bias is not None and self._bias.requires_grad)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, self._weight, self._bias)
@@ -128,8 +151,35 @@ class VocabularyCategorical:
             is_tuple = isinstance(values, tuple)
             return values if is_tuple else (values,)
 
-        values = _PerToken.apply(chunk, list(self._chunks()), *(distribution.hidden for distribution in distributions))
+        hidden = [distribution.hidden for distribution in distributions]
+        if torch.is_grad_enabled() and any(distribution._has_live_head for distribution in distributions):
+            flat_hidden = [state.reshape(-1, state.shape[-1]) for state in hidden]
+            parts = [
+                checkpoint(
+                    chunk, rows, *(state[rows] for state in flat_hidden), use_reentrant=False, preserve_rng_state=False
+                )
+                for rows in self._chunks()
+            ]
+            values = tuple(torch.cat(part).view(self.hidden.shape[:-1]) for part in zip(*parts, strict=True))
+        else:
+            values = _PerToken.apply(chunk, list(self._chunks()), *hidden)
         return values if is_tuple else values[0]
+
+
+# The copies of heads that are still in use: a batch is cut into many snapshots of the same weight.
+_COPIES = WeakTensorKeyDictionary()
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    """The head's tensor as it is now, safe from the steps that move it; one copy for all who ask before it moves."""
+    if not tensor.requires_grad:
+        return tensor
+    last = _COPIES.get(tensor, lambda: None)()
+    # By content: a fused optimizer moves a parameter without counting it as a new version.
+    if last is None or (last.dtype, last.device) != (tensor.dtype, tensor.device) or not torch.equal(last, tensor):
+        last = tensor.detach().clone()
+        _COPIES[tensor] = weakref.ref(last)
+    return last
 
 
 class _PerToken(torch.autograd.Function):

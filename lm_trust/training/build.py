@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lm_trust.training.build_update import build_update
 from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.critic import Critic, NoCritic, ValueCritic
-from lm_trust.training.trainer import Trainer, UpdateRule
-from lm_trust.updates import TRPO, PPOClip, PPOPenalty
+from lm_trust.training.critic_process import CriticProcess
+from lm_trust.training.sequence_critic import SequenceCritic
+from lm_trust.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lm_trust.lm.policy import CausalPolicy
+    from lm_trust.lm.prompts import Prompts
+    from lm_trust.lm.rows import BadRows
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,15 @@ class World:
     Attributes:
         kind: which world.
         trainer: ready for its first iteration.
-        save_policy: writes the trained policy into a run folder, `adapter/` or `policy.safetensors`.
+        policy_name: what the trained policy is called in a run folder: adapter, model or policy.safetensors.
+        save_policy: writes it into a run folder.
         load_policy: reads it back from a run folder.
         step_kl_bound: the update rule's bound in nats per step; None where it has none.
     """
 
     kind: Literal["language", "control"]
     trainer: Trainer
+    policy_name: str
     save_policy: Callable[[Path], None]
     load_policy: Callable[[Path], None]
     step_kl_bound: float | None
@@ -71,47 +77,50 @@ def build_language_policy(config: LanguageConfig) -> CausalPolicy:
     """
     from lm_trust.lm.loading import load_policy
 
+    lora = {"r": None} if config.model.lora is None else config.model.lora.model_dump()
     return load_policy(
         config.model.path,
         adapter=config.model.adapter,
-        r=config.model.lora.r,
-        alpha=config.model.lora.alpha,
-        targets=config.model.lora.targets,
+        **lora,
+        autocast=config.model.autocast,
         temperature=config.rollout.temperature,
         microbatch_size=config.rollout.microbatch_size,
         seed=config.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=_device(),
         **_source(config),
     )
 
 
 def _language_world(config: LanguageConfig) -> World:
-    from lm_trust.lm.loading import load_trained, save_adapter
-    from lm_trust.lm.prompts import encode, load_prompts, split_heldout
-    from lm_trust.lm.rewards import WeightedRewards
+    from lm_trust.lm.encoding import encode
+    from lm_trust.lm.reward_scaling import RewardScaler
     from lm_trust.lm.rollout import LanguageTask, PromptSet
-    from lm_trust.lm.value_head import ValueHead
+    from lm_trust.lm.rows import BadRows
+    from lm_trust.lm.saving import load_trained, save_trained, trained_name
+    from lm_trust.lm.value_model import common_context
+    from lm_trust.training.reward_building import build_rewards
 
     rollout = config.rollout
-    rewards = WeightedRewards([(reward.name, reward.weight, reward.dense) for reward in config.rewards])
-    training = load_prompts(config.prompts.path, field=config.prompts.field)
-    if config.prompts.heldout is None:
-        training, heldout = split_heldout(training, config.prompts.heldout_fraction, config.seed)
-    else:
-        heldout = load_prompts(config.prompts.heldout, field=config.prompts.field)
+    rewards = build_rewards(config.rewards, device=_device())
+    bad = BadRows(getattr(config.prompts, "on_bad_row", "error"))
+    training, heldout = _prompts(config, bad)
     rewards.check_columns(training.fields)
     rewards.check_columns(heldout.fields)
 
     tokenizer, context = build_tokenizer(config)
-    if config.prompts.max_tokens is not None:
-        limit = config.prompts.max_tokens + rollout.max_new_tokens
-        context = limit if context is None else min(context, limit)
-    training, heldout = (
-        PromptSet(prompts, encode(tokenizer, prompts, context=context, max_new_tokens=rollout.max_new_tokens))
-        for prompts in (training, heldout)
-    )
+    if config.critic.kind == "model" and config.critic.path is not None:
+        trusted = config.model.trust_remote_code
+        context = common_context(config.critic.path, tokenizer, context, trust_remote_code=trusted)
+    limits = {
+        "context": context,
+        "max_new_tokens": rollout.max_new_tokens,
+        "max_tokens": config.prompts.max_tokens,
+        "truncate": getattr(config.prompts, "truncate", None),
+    }
+    training, heldout = (PromptSet(*encode(tokenizer, side, **limits, bad=bad)) for side in (training, heldout))
+    bad.print_report()
+    rewards.load()
     policy = build_language_policy(config)
-    with_critic = config.critic.kind != "none"
     task = LanguageTask(
         tokenizer,
         rewards,
@@ -122,19 +131,15 @@ def _language_world(config: LanguageConfig) -> World:
         samples_per_prompt=rollout.samples_per_prompt,
         at_limit=rollout.at_limit,
         limit_penalty=rollout.limit_penalty,
-        with_features=with_critic,
+        scaling=RewardScaler(**_settings(config.reward_scaling)),
+        with_features=config.critic.kind == "reference_head",
         seed=config.seed,
     )
-    critic: Critic = NoCritic()
-    if with_critic:
-        size = policy.causal_lm.get_output_embeddings().weight.shape[1]
-        network = ValueHead(size, config.critic.hidden, seed=config.seed).to(policy.device)
-        critic = ValueCritic(network, seed=config.seed, **_settings(config.critic, "hidden"))
     trainer = Trainer(
         policy,
         task,
-        critic,
-        _update(
+        _language_critic(config, policy),
+        build_update(
             config,
             microbatch_size=rollout.microbatch_size,
             reference_loss=config.reference.loss,
@@ -148,10 +153,59 @@ def _language_world(config: LanguageConfig) -> World:
     return World(
         "language",
         trainer,
-        save_policy=lambda run: save_adapter(policy, run / "adapter"),
-        load_policy=lambda run: load_trained(policy, run / "adapter"),
+        policy_name=trained_name(policy),
+        save_policy=lambda run: save_trained(policy, tokenizer, run),
+        load_policy=lambda run: load_trained(policy, run / trained_name(policy)),
         step_kl_bound=_bound(config),
     )
+
+
+def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
+    from lm_trust.lm.value_head import ValueHead
+    from lm_trust.lm.value_model import adapter_critic, model_critic
+
+    section = config.critic
+    if section.kind == "none":
+        return NoCritic()
+    if section.kind == "reference_head":
+        size = policy.causal_lm.get_output_embeddings().weight.shape[1]
+        head = ValueHead(size, section.hidden, seed=config.seed).to(policy.device)
+        return ValueCritic(head, seed=config.seed, **_settings(section, "hidden"))
+    microbatch_size = config.rollout.microbatch_size
+    lora = {"r": section.r, "alpha": section.alpha, "targets": section.targets, "seed": config.seed}
+    if section.kind == "adapter":
+        network = adapter_critic(policy, **lora)
+    else:
+        source = {"trust_remote_code": config.model.trust_remote_code} if section.path else _source(config)
+        network = model_critic(
+            section.path or config.model.path,
+            **lora,
+            microbatch_size=microbatch_size,
+            autocast=config.model.autocast,
+            device=policy.device,
+            **source,
+        )
+    return SequenceCritic(
+        network,
+        microbatch_size=microbatch_size,
+        seed=config.seed,
+        **_settings(section, "r", "alpha", "targets", "path"),
+    )
+
+
+def _prompts(config: LanguageConfig, bad: BadRows) -> tuple[Prompts, Prompts]:
+    """(training, held out), not yet encoded."""
+    from lm_trust.lm.prompts import load_prompts, split_heldout
+    from lm_trust.lm.reasoning import load_reasoning
+
+    section = config.prompts
+    if section.kind == "reasoning_gym":
+        return load_reasoning(**_settings(section, "max_tokens"), seed=config.seed)
+    how = {"field": section.field, "chat": section.chat, "bad": bad}
+    training = load_prompts(section.path, split=section.split, **how)
+    if section.heldout is None:
+        return split_heldout(training, section.heldout_fraction, config.seed)
+    return training, load_prompts(section.heldout, heldout=True, **how)
 
 
 def _control_world(config: ControlConfig) -> World:
@@ -167,6 +221,7 @@ def _control_world(config: ControlConfig) -> World:
         config.environment.count,
         seed=config.seed,
         arguments=config.environment.arguments,
+        processes=config.environment.processes,
         backend=config.environment.backend,
     )
     normaliser = ObservationNormaliser(environments.observation_size) if config.normalise.observations else None
@@ -188,7 +243,9 @@ def _control_world(config: ControlConfig) -> World:
             normaliser=normaliser,
             generator=make_generator(config.seed, "control.critic"),
         )
-        critic = ValueCritic(network, seed=config.seed, **_settings(config.critic, "hidden"))
+        critic = ValueCritic(network, seed=config.seed, **_settings(config.critic, "hidden", "own_process"))
+        if config.critic.own_process:
+            critic = CriticProcess(critic)
     task = ControlTask(
         environments,
         steps=config.rollout.steps,
@@ -209,25 +266,22 @@ def _control_world(config: ControlConfig) -> World:
         policy,
         task,
         critic,
-        _update(config),
+        build_update(config),
         config.advantage,
         iterations=-(-config.total_steps // steps_an_iteration),
     )
     return World(
         "control",
         trainer,
+        policy_name="policy.safetensors",
         save_policy=lambda run: save_policy(policy, run / "policy.safetensors"),
         load_policy=lambda run: load_policy(policy, run / "policy.safetensors"),
         step_kl_bound=_bound(config),
     )
 
 
-def _update(config: Config, **shared: float | int | None) -> UpdateRule:
-    settings = _settings(config.update) | shared
-    if config.update.kind == "trpo":
-        return TRPO(**settings)
-    rule = {"ppo_clip": PPOClip, "ppo_penalty": PPOPenalty}[config.update.kind]
-    return rule(**settings, seed=config.seed)
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _source(config: LanguageConfig) -> dict:

@@ -7,33 +7,40 @@ Importing this module loads neither torch nor transformers nor gymnasium.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from lm_trust.training.config_language import (
+    CompletionTable,
+    Model,
+    PromptFile,
+    ReasoningGym,
+    Reference,
+    Rollout,
+    Stop,
+)
 from lm_trust.training.config_learning import (
     GROUPED,
     UPDATE,
+    AdapterHead,
     Count,
     Gae,
     GroupRelative,
     LeaveOneOut,
     Mlp,
+    ModelHead,
     Name,
     NoCritic,
     Positive,
-    Rate,
     ReferenceHead,
     ReturnsToGo,
     Section,
     Seed,
     Update,
+    default_kind,
 )
-
-# The rewards that a config may call by a bare name; everything else is a dotted path to a function.
-BUILTIN_REWARDS = ("vader",)
-_REWARD_PATH = re.compile(r"(?=.*[.:])NAME(\.NAME)*(:NAME(\.NAME)*)?".replace("NAME", r"[^\W\d]\w*"))
+from lm_trust.training.config_rewards import Rewards, RewardScaling
 
 
 class ConfigError(ValueError):
@@ -42,16 +49,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[tuple[str, str]]):
         super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
         self.problems = problems
-
-
-def _reward_name(value: Any) -> Any:
-    if isinstance(value, str) and value not in BUILTIN_REWARDS and not _REWARD_PATH.fullmatch(value):
-        names = ", ".join(BUILTIN_REWARDS)
-        raise ValueError(f"unknown reward {value!r}; give {names} or a function as package.module:function")
-    return value
-
-
-RewardName = Annotated[str, BeforeValidator(_reward_name)]
 
 
 class Evaluation(Section):
@@ -79,62 +76,6 @@ class Checkpoint(Section):
 # ---- the language world
 
 
-class Lora(Section):
-    r: Positive = Field(8, description="rank of the adapter")
-    alpha: Positive = Field(16, description="the adapter is scaled by alpha / r")
-    targets: Annotated[list[Name], Field(min_length=1)] | None = Field(
-        None, description="modules to adapt; null: chosen by architecture"
-    )
-
-
-class Model(Section):
-    path: Name = Field(description="smollm2-135m, a local folder, or a hub id")
-    revision: Name | None = Field(None, description="revision of a hub id")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    adapter: Name | None = Field(None, description="PEFT folder to start from")
-    lora: Lora = Field(default_factory=Lora)
-
-
-class Prompts(Section):
-    path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
-    heldout: Name | None = Field(None, description="the held-out prompts, likewise; null: a share of path")
-    field: Name = Field("prompt", description="field that holds the prompt")
-    heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
-    max_tokens: Positive | None = Field(None, description="longest prompt allowed; null: what the model takes")
-
-
-class Rollout(Section):
-    batch_size: Positive = Field(64, description="completions an iteration")
-    samples_per_prompt: Positive = Field(1, description="completions of one prompt, within batch_size")
-    max_new_tokens: Positive = Field(20, description="length limit of a completion")
-    temperature: Rate = Field(1.0, description="divides the logits, in sampling and scoring alike")
-    at_limit: Literal["terminate", "bootstrap", "penalise"] = Field(
-        "terminate", description="what a completion cut at the limit means"
-    )
-    limit_penalty: float = Field(0.0, ge=0, description="taken off its reward, with at_limit penalise")
-    microbatch_size: Positive = Field(32, description="completions in one pass; changes memory only")
-
-
-class Reward(Section):
-    name: RewardName = Field(description="vader, or a function as package.module:function")
-    weight: float = Field(1.0, description="factor in the sum of the rewards")
-    dense: bool = Field(False, description="pay each token its change of the score so far")
-
-
-class AdaptivePenalty(Section):
-    """Steer the penalty to a reference KL (Ziegler et al. 2019); reference.penalty is where it starts."""
-
-    target: Rate = Field(description="the reference KL to hold, nats a sequence")
-    horizon: Positive = Field(description="completions over which a KL 10 % off changes the penalty by 10 %")
-
-
-class Reference(Section):
-    penalty: float = Field(0.0, ge=0, description="coefficient of the KL to the start, in the reward")
-    loss: float = Field(0.0, ge=0, description="coefficient of the exact KL, in the objective")
-    budget: Rate | None = Field(None, description="hard bound on the exact KL, nats a sequence; null: none")
-    adaptive: AdaptivePenalty | None = Field(None, description="null: the penalty stays as it is")
-
-
 def _default_critic(validated: dict[str, Any]) -> NoCritic | ReferenceHead:
     grouped = getattr(validated.get("advantage"), "kind", None) in GROUPED
     return NoCritic() if grouped else ReferenceHead()
@@ -147,17 +88,22 @@ class LanguageConfig(Section):
     output: Name | None = Field(None, description="run folder; null: runs/NAME for NAME.yaml")
     iterations: Positive = Field(description="rounds of rollout and update")
     model: Model
-    prompts: Prompts
+    prompts: Annotated[PromptFile | ReasoningGym, Field(discriminator="kind"), default_kind("file")]
     rollout: Rollout = Field(default_factory=Rollout)
-    rewards: list[Reward] = Field(min_length=1)
+    rewards: Rewards
+    reward_scaling: RewardScaling = Field(default_factory=RewardScaling)
     reference: Reference = Field(default_factory=Reference)
     advantage: Annotated[Gae | ReturnsToGo | LeaveOneOut | GroupRelative, Field(discriminator="kind")] = Field(
         default_factory=Gae
     )
     # after `advantage`, which its default looks at
-    critic: Annotated[ReferenceHead | NoCritic, Field(discriminator="kind")] = Field(default_factory=_default_critic)
+    critic: Annotated[ReferenceHead | AdapterHead | ModelHead | NoCritic, Field(discriminator="kind")] = Field(
+        default_factory=_default_critic
+    )
     update: Update = UPDATE
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    completions: CompletionTable = Field(default_factory=CompletionTable)
+    stop: Stop = Field(default_factory=Stop)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     trackers: Trackers
 
@@ -193,11 +139,22 @@ class LanguageConfig(Section):
                     f"has no effect with rollout.at_limit {rollout.at_limit}; use penalise",
                 )
             )
+        if self.model.lora is None and self.model.adapter is not None:
+            problems.append(("model.adapter", "starts from an adapter, which needs model.lora; leave one out"))
+        if self.model.lora is None and self.critic.kind == "adapter":
+            problems.append(("critic.kind", "adapter needs model.lora; without it use reference_head or model"))
+        problems += _reward_problems(self)
+        problems += _fisher_problems(self)
         if self.reference.adaptive is not None and not self.reference.penalty:
             problems.append(
                 ("reference.penalty", "must be greater than 0 with reference.adaptive, which starts from it")
             )
         problems += _minibatch_problems(self, rollout.batch_size, f"rollout.batch_size ({rollout.batch_size})")
+        problems += _update_problems(self)
+        if self.reference.budget is not None and self.update.kind == "natural_gradient":
+            problems.append(
+                ("reference.budget", "cannot be kept with update.kind natural_gradient, a fixed step; use trpo")
+            )
         if problems:
             raise ConfigError(problems)
         return self
@@ -210,6 +167,7 @@ class Environment(Section):
     id: Name = Field(description="gymnasium's name, such as CartPole-v1")
     count: Positive = Field(8, description="environments stepped side by side")
     arguments: dict[Name, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    processes: Positive = Field(1, description="that step them; 2 where a step is work and a core is free")
     backend: Literal["gymnasium", "envpool"] = Field("gymnasium", description="what steps the training environments")
 
 
@@ -250,6 +208,17 @@ class ControlConfig(Section):
         size = self.environment.count * self.rollout.steps
         problems = _critic_problems(self.advantage.kind, self.critic.kind)
         problems += _minibatch_problems(self, size, f"environment.count * rollout.steps ({size})")
+        problems += _update_problems(self)
+        processes, backend = self.environment.processes, self.environment.backend
+        if processes > self.environment.count:
+            problems.append(
+                (
+                    "environment.processes",
+                    f"must be at most environment.count ({self.environment.count}), got {processes}",
+                )
+            )
+        if processes > 1 and backend == "envpool":
+            problems.append(("environment.processes", "must be 1 with environment.backend envpool, which has threads"))
         if self.evaluation.videos > self.evaluation.count:
             problems.append(
                 (
@@ -265,11 +234,46 @@ class ControlConfig(Section):
 Config = LanguageConfig | ControlConfig
 
 
+def _fisher_problems(config: LanguageConfig) -> list[tuple[str, str]]:
+    method = getattr(config.update, "fisher_method", "auto")
+    if method in ("auto", "gauss_newton"):
+        return []
+    if config.model.autocast is not None:
+        reason = f"needs float32, and model.autocast is {config.model.autocast}"
+    elif method == "kl_hessian" and config.model.lora is not None:
+        reason = "needs model.lora null, because it differentiates the vocabulary twice"
+    else:
+        return []
+    return [("update.fisher_method", f"{method} {reason}; use auto or gauss_newton")]
+
+
+def _reward_problems(config: LanguageConfig) -> list[tuple[str, str]]:
+    return [
+        (
+            f"rewards.{index}.dense",
+            f"has no meaning with level {reward.level}, which says itself what each token is paid",
+        )
+        for index, reward in enumerate(config.rewards)
+        if reward.kind == "function" and reward.dense and reward.level != "sequence"
+    ]
+
+
 def _critic_problems(advantage: str, critic: str) -> list[tuple[str, str]]:
     if advantage == "gae" and critic == "none":
         return [("critic.kind", "advantage.kind gae needs a critic, got none")]
     if advantage in GROUPED and critic != "none":
         return [("critic.kind", f"must be none with advantage.kind {advantage}, got {critic}")]
+    return []
+
+
+def discount(config: Config) -> float:
+    """The discount a step; 1 for advantages of whole completions."""
+    return getattr(config.advantage, "gamma", 1.0)
+
+
+def _update_problems(config: Config) -> list[tuple[str, str]]:
+    if config.update.kind == "trpo_penalty" and config.update.coefficient is None and discount(config) == 1:
+        return [("update.coefficient", "must be given without a discount, where that of the theory is infinite")]
     return []
 
 

@@ -115,7 +115,7 @@ def _message(item: Any, key: Key, section: type[BaseModel], root: type[BaseModel
     if kind.startswith("union_tag"):
         return _unknown_kind(key, item["input"], root, other)
     if kind == "literal_error":
-        names = _literals(section, key)
+        names = list(literals(section.model_fields[key[-2] if key[-1].isdecimal() else key[-1]].annotation))
         return f"must be one of {', '.join(names)}, got {got}{_nearest(item['input'], names)}"
     if kind in _EXPECTED:
         text = " (text)" if isinstance(item["input"], str) else ""
@@ -160,7 +160,8 @@ def _unknown_kind(key: Key, given: Any, root: type[BaseModel], other: type[BaseM
     wrong = given.get("kind") if isinstance(given, dict) else None
     if wrong is None:
         return f"required but not given: one of {names}"
-    if isinstance(wrong, str) and wrong in variants(other.model_fields[key[0]].annotation):
+    elsewhere = other.model_fields.get(key[0])
+    if isinstance(wrong, str) and elsewhere is not None and wrong in variants(elsewhere.annotation):
         return f"{wrong} is for {_world(other)}; here: {names}"
     return f"unknown kind {shown(wrong)}; one of {names}{_nearest(wrong, kinds)}"
 
@@ -169,8 +170,10 @@ def _world(root: type[BaseModel]) -> str:
     return (root.__doc__ or root.__name__).split(":")[0].removeprefix("A ").lower() + "s"
 
 
-def _literals(section: type[BaseModel], key: Key) -> tuple[str, ...]:
-    """The names that a field, or an item of a list of them, may have."""
-    item = key[-1].isdecimal()
-    annotation = section.model_fields[key[-2] if item else key[-1]].annotation
-    return typing.get_args(typing.get_args(annotation)[0] if item else annotation)
+def literals(annotation: Any) -> Iterator[str]:
+    """The names that a field may have, also one that may be null, or an item of a list of them."""
+    for part in typing.get_args(annotation):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from literals(part)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from lm_trust.errors import UserError
 from lm_trust.training.config import GROUPED, Config, ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import Key, dotted, plain, problems_of, shown
+from lm_trust.training.config_stages import RewardModelConfig, SftConfig, StageConfig
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
@@ -29,14 +30,19 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_config(
-    path: str | os.PathLike, overrides: Sequence[tuple[str, str]] = (), *, check_files: bool = True
-) -> Config:
+    path: str | os.PathLike,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    root: type[StageConfig] | None = None,
+    check_files: bool = True,
+) -> Config | StageConfig:
     """The validated config of a file: defaults filled in, `output` chosen, local paths absolute.
 
     Args:
         path: the YAML file.
         overrides: (dotted key, YAML text) pairs, as ("update.max_kl", "0.02"); an item of a list by its
             index, "rewards.0.weight".
+        root: the stage that the config is of; without it a run of either world, told by its sections.
         check_files: whether the prompts, the adapter and a local model must exist; a finished run can be
             looked at without its prompts.
 
@@ -48,14 +54,14 @@ def load_config(
         raise UserError(f"{plain(path)}: a file's name cannot hold a null byte")
     sources: dict[Key, str] = {}
     layers = [*_layers(path, ()), (COMMAND_LINE, _override_layer(overrides))]
-    root = _world(layers, path)
+    root = root or _world(layers, path)
     tree: dict[str, Any] = {}
     for source, layer in [(path, _default_kinds(root, layers)), *layers]:
         tree = _merge(tree, layer, source, sources)
     try:
         config = root.model_validate(tree)
     except ValidationError as error:
-        found = problems_of(error, root, LanguageConfig if root is ControlConfig else ControlConfig)
+        found = problems_of(error, root, ControlConfig if root is LanguageConfig else LanguageConfig)
         raise UserError(_lines(found, sources, path)) from None
     config, found = _resolve(config, path, check_files)
     if found:
@@ -63,7 +69,7 @@ def load_config(
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: Config | StageConfig) -> str:
     """The config as YAML that `load_config` reads back equal, every default written out."""
     return write_yaml(config.model_dump())
 
@@ -116,6 +122,8 @@ def _override_layer(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
         parts = key.split(".")
         if not all(parts) or len(parts) > _DEEPEST:
             raise UserError(f"{COMMAND_LINE}: --{plain(key)}: expected a key such as --update.max_kl")
+        if parts[0] == "reward":  # the usual run has one reward: `--reward.path` for `--rewards.0.path`
+            parts[:1] = ["rewards", "0"]
         if parts[0] == "extends":
             raise UserError(f"{COMMAND_LINE}: extends: only a config file can extend another")
         try:
@@ -171,6 +179,11 @@ def _merge_items(items: list[Any], layer: dict[str, Any], source: str, sources: 
 def _world(layers: list[tuple[str, dict[str, Any]]], path: str) -> type[LanguageConfig] | type[ControlConfig]:
     """Which world a config is of: told by the section that only one of them has."""
     names = {name for _, layer in layers for name in layer}
+    if {"data", "model"} <= names:
+        raise UserError(
+            f"{plain(path)}: data and model are given, as for lm-trust sft or lm-trust reward-model; "
+            "a run of lm-trust train has prompts or an environment"
+        )
     if {"environment", "model"} <= names:
         raise UserError(
             f"{plain(path)}: both environment (a control run) and model (a language run) are given; keep one"
@@ -182,8 +195,10 @@ def _world(layers: list[tuple[str, dict[str, Any]]], path: str) -> type[Language
     return ControlConfig if "environment" in names else LanguageConfig
 
 
-def _default_kinds(root: type[Config], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def _default_kinds(root: type[Config | StageConfig], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """The layer below all files: it lets a section leave out its kind where the default is meant."""
+    if root in (SftConfig, RewardModelConfig):  # no section of theirs has kinds
+        return {}
     advantage = "gae"
     for _, layer in layers:
         section = layer.get("advantage")
@@ -195,7 +210,9 @@ def _default_kinds(root: type[Config], layers: list[tuple[str, dict[str, Any]]])
 # ---- paths
 
 
-def _resolve(config: Config, path: str, check_files: bool) -> tuple[Config, list[tuple[Key, str]]]:
+def _resolve(
+    config: Config | StageConfig, path: str, check_files: bool
+) -> tuple[Config | StageConfig, list[tuple[Key, str]]]:
     """The config with its folder chosen and its local paths absolute, and what is wrong with those paths."""
     stem = os.path.splitext(os.path.basename(path))[0]
     output = os.path.expanduser(config.output or os.path.join("runs", stem))
@@ -203,18 +220,28 @@ def _resolve(config: Config, path: str, check_files: bool) -> tuple[Config, list
     if isinstance(config, ControlConfig):
         return config, []
     found: list[tuple[Key, str]] = []
-    changes: dict[str, dict[str, str | None]] = {"model": {}, "prompts": {}}
-    for section, name, resolve in (
-        ("model", "path", _model_path),
-        ("model", "adapter", _adapter_path),
-        ("prompts", "path", _prompts_path),
-        ("prompts", "heldout", _prompts_path),
-    ):
-        given = getattr(getattr(config, section), name)
-        if given is not None:
-            changes[section][name], problem = resolve(given)
-            found += [((section, name), problem)] if problem else []
-    sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
+
+    def resolved(section: Any, key: Key, **resolvers: Callable[[str], tuple[str, str | None]]) -> Any:
+        changes = {}
+        for name, resolve in resolvers.items():
+            given = getattr(section, name, None)
+            if given is not None:
+                changes[name], problem = resolve(given)
+                found.extend([((*key, name), problem)] if problem else [])
+        return section.model_copy(update=changes)
+
+    sections: dict[str, Any] = {"model": resolved(config.model, ("model",), path=_model_path, adapter=_adapter_path)}
+    if isinstance(config, LanguageConfig):
+        sections |= {
+            "prompts": resolved(config.prompts, ("prompts",), path=_data_path, heldout=_data_path),
+            "critic": resolved(config.critic, ("critic",), path=_model_path),
+            "rewards": [
+                resolved(reward, ("rewards", str(index)), path=_model_path, embedder=_model_path, ratings=_data_path)
+                for index, reward in enumerate(config.rewards)
+            ],
+        }
+    else:
+        sections["data"] = resolved(config.data, ("data",), path=_data_path, heldout=_data_path)
     return config.model_copy(update=sections), found if check_files else []
 
 
@@ -245,7 +272,7 @@ def _adapter_path(path: str) -> tuple[str, str | None]:
     return folder, f"no adapter_config.json in {plain(path)}{hint}"
 
 
-def _prompts_path(path: str) -> tuple[str, str | None]:
+def _data_path(path: str) -> tuple[str, str | None]:
     """A local file or dataset folder as an absolute path, a hub id as it is; and what is wrong with it."""
     local = os.path.abspath(os.path.expanduser(path))
     if os.path.exists(local):

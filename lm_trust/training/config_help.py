@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lm_trust.training.config_errors import variants
+from lm_trust.training.config_errors import literals, variants
 from lm_trust.training.config_yaml import write_yaml
 
 _WIDTH, _KEY, _DEFAULT = 79, 21, 13
@@ -41,8 +41,8 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
             if field.default is None:
                 yield from _wrapped(f"{section.__doc__} {field.description}", "  ")
         else:
-            is_default = kind == getattr(default, "kind", None)
-            yield f"{name}, kind: {kind}{' (the default)' if is_default else ''}"
+            words = " (the default)" if kind == getattr(default, "kind", None) else ""
+            yield f"{name}{f' (a list of these, {name}.0 the first)' if is_list else ''}, kind: {kind}{words}"
             yield from _wrapped(section.__doc__ or "", "  ")
         inner = []
         for key, entry in section.model_fields.items():
@@ -56,9 +56,9 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
 
 def _entry(name: str, field: FieldInfo) -> list[str]:
     words = field.description or ""
-    names = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+    names = list(literals(field.annotation))
     if names:
-        words += f": {', '.join(names)}"
+        words += f" ({', '.join(names)})"
     default = "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
     start = f"{name:<{_KEY - 1}} {default:<{_DEFAULT - 1}} "
     if len(start) > _KEY + _DEFAULT:  # a long name or default: the words start on a line of their own

@@ -27,6 +27,17 @@ Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]
 
 
+def default_kind(kind: str) -> BeforeValidator:
+    """Lets a section without a `kind`, or each item of a list of them, be of this one."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        return {"kind": kind, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(fill)
+
+
 class Section(BaseModel):
     """A mapping of the config: unknown keys and silently converted types are errors."""
 
@@ -87,6 +98,7 @@ class Mlp(Section):
     minibatches: Positive = Field(4, description="parts that a pass is cut into")
     clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    own_process: bool = Field(False, description="fit it on another core while the policy is updated")
 
 
 class ReferenceHead(Section):
@@ -100,6 +112,30 @@ class ReferenceHead(Section):
     clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+
+
+class AdapterHead(Section):
+    """A value head on the base model with a second LoRA adapter, trained with it; the policy's own stays as it is."""
+
+    kind: Literal["adapter"] = "adapter"
+    r: Positive = Field(8, description="rank of the critic's adapter")
+    alpha: Positive = Field(16, description="the adapter is scaled by alpha / r")
+    targets: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="modules to adapt; null: chosen by architecture"
+    )
+    learning_rate: Rate = Field(3e-4, description="AdamW's step size")
+    epochs: Positive = Field(2, description="passes over an iteration's experience")
+    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+
+
+class ModelHead(AdapterHead):
+    """A value head on a model of its own, with a LoRA adapter, trained with it."""
+
+    kind: Literal["model"] = "model"
+    path: Name | None = Field(None, description="a folder or hub id of the same tokenizer; null: as model.path")
 
 
 # ---- update rules
@@ -152,5 +188,76 @@ class PpoPenalty(Section):
     max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
 
 
-Update = Annotated[Trpo | PpoClip | PpoPenalty, Field(discriminator="kind")]
+class PpoTrust(PpoClip):
+    """PPO's epochs with the clipped surrogate, then the whole move scaled back into a bound on the step KL."""
+
+    kind: Literal["ppo_trust"] = "ppo_trust"
+    max_kl: Rate = Field(0.015, description="bound on the mean step KL, nats a token or step")
+
+
+class NaturalGradient(Section):
+    """Natural gradient step of a fixed size, without bound and line search."""
+
+    kind: Literal["natural_gradient"] = "natural_gradient"
+    step_size: Rate = Field(0.1, description="multiple of the natural gradient")
+    anneal: bool = Field(False, description="let the step size fall to 0 over the run")
+    damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
+    cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
+    fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
+    fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(
+        "auto", description="how its products are computed"
+    )
+
+
+class Reinforce(Section):
+    """One step of Adam along the policy gradient."""
+
+    kind: Literal["reinforce"] = "reinforce"
+    learning_rate: Rate = Field(3e-3, description="Adam's step size")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+
+
+class AdamUpdate(Section):
+    """What the rules of several epochs of Adam share."""
+
+    kind: str
+    epochs: Positive = Field(4, description="passes over an iteration's experience")
+    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    learning_rate: Rate = Field(3e-4, description="Adam's step size")
+    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
+    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+
+
+class TrpoPenalty(AdamUpdate):
+    """The surrogate less a multiple of the largest step KL: TRPO's lower bound on the return, by epochs of Adam."""
+
+    kind: Literal["trpo_penalty"] = "trpo_penalty"
+    coefficient: Rate | None = Field(1.0, description="the multiple; null: that of the theory, from advantage.gamma")
+
+
+class Projection(AdamUpdate):
+    """The surrogate of the policy projected into a trust region at each step, by epochs of Adam (TROLL)."""
+
+    kind: Literal["projection"] = "projection"
+    token_kl: Rate = Field(0.05, description="how far a projected distribution may be from the old one, nats")
+    pull: float = Field(1.0, ge=0, description="weight of the KL from the policy to its projection")
+    top_k: Positive | None = Field(None, description="actions that are told apart; null: all")
+
+
+class DivergenceMask(AdamUpdate):
+    """PPO whose clip looks at the divergence of a step and not at its ratio (DPPO)."""
+
+    kind: Literal["divergence_mask"] = "divergence_mask"
+    divergence: Literal["kl", "tv"] = Field("kl", description="KL, or total variation (discrete actions)")
+    threshold: Rate = Field(0.05, description="beyond it a step that would go on is left out; tv: 0.15 is usual")
+    top_k: Positive | None = Field(None, description="actions that are told apart; null: all; 1: taken or not")
+
+
+Update = Annotated[
+    Trpo | PpoClip | PpoPenalty | PpoTrust | NaturalGradient | Reinforce | TrpoPenalty | Projection | DivergenceMask,
+    Field(discriminator="kind"),
+]
 UPDATE = Field(default_factory=Trpo, description="how the policy moves")

@@ -5,6 +5,8 @@ Both worlds use it; only the network and its inputs differ (observations here, f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +24,9 @@ class Critic(Protocol):
 
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]: ...
 
-    def fit(
+    def start_fit(
         self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
-    ) -> dict[str, float | None]: ...
+    ) -> Callable[[], dict[str, float | None]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -39,11 +41,11 @@ class NoCritic:
         zeros = torch.zeros_like(rollout.rewards)
         return zeros, zeros
 
-    def fit(
+    def start_fit(
         self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
-    ) -> dict[str, float | None]:
+    ) -> Callable[[], dict[str, float | None]]:
         """Nothing to fit."""
-        return {"value_loss": None, "explained_variance": None}
+        return lambda: {"value_loss": None, "explained_variance": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept."""
@@ -93,6 +95,10 @@ class ValueCritic:
         """Values of each step's state and of the state it led to, (B, T) each."""
         return self.network(rollout.critic_inputs), self.network(rollout.next_critic_inputs)
 
+    def start_fit(self, *given: Any) -> Callable[[], dict[str, float | None]]:
+        """`fit`, done when its numbers are asked for."""
+        return partial(self.fit, *given)
+
     def fit(
         self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
     ) -> dict[str, float | None]:
@@ -118,12 +124,7 @@ class ValueCritic:
                 adam_step(self._optimizer)
                 if epoch == self._epochs - 1:
                     total += clipped_value_loss(values, some_old, some_targets, clip=self._clip).sum().item()
-        variance = targets.var(unbiased=False).item()
-        unexplained = (targets - old).var(unbiased=False).item()
-        return {
-            "value_loss": total / max(len(targets), 1),
-            "explained_variance": 1 - unexplained / variance if variance > 0 else None,
-        }
+        return {"value_loss": total / max(len(targets), 1), "explained_variance": explained_variance(targets, old)}
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer and shuffles."""
@@ -138,3 +139,10 @@ class ValueCritic:
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
+
+
+def explained_variance(returns: Tensor, values: Tensor) -> float | None:
+    """The share of the variance of returns (N,) that values (N,) account for; None where there is no variance."""
+    variance = returns.var(unbiased=False).item()
+    unexplained = (returns - values).var(unbiased=False).item()
+    return 1 - unexplained / variance if variance > 0 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lm_trust.training.config import AdaptivePenalty
+from lm_trust.training.config_language import AdaptivePenalty
 
 _LARGEST_ERROR = 0.2
 

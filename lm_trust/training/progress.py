@@ -117,6 +117,9 @@ class Progress:
         remaining = max(self.total_iterations - self._iteration, 0)
         self._left = remaining * statistics.median(self._seconds) if self._seconds else None
         self._updated = time.monotonic()
+        offender = metrics.get("offender")
+        if offender and not (self._recent and self._recent[-1].get("offender")):  # once for all that follow it
+            self.message(f"Iteration {self._iteration} was rejected: {offender}")
         self._recent = (*self._recent, dict(metrics))[-ROWS:]
         if self._live:
             return

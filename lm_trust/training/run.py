@@ -1,4 +1,4 @@
-"""The three things that the command line does with a run: train it, evaluate it, generate from it."""
+"""What the command line does with a run: train it, evaluate it, generate from it, merge its adapter."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from lm_trust.errors import UserError
 from lm_trust.training.best import best_folder
 from lm_trust.training.build import World, build_language_policy, build_tokenizer, build_world
 from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
+from lm_trust.training.completion_table import show_completions, write_completions
 from lm_trust.training.config import Config, LanguageConfig
 from lm_trust.training.config_file import dump, load_config
+from lm_trust.training.config_language import CompletionTable, Stop
 from lm_trust.training.interruption import Interruption
+from lm_trust.training.model_card import write_cards
 from lm_trust.training.plots import learning_curve
 from lm_trust.training.progress import Progress
 from lm_trust.training.recording import Recorder
 from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.stopping import Stopping
 from lm_trust.training.summary import print_summary
 from lm_trust.training.trainer import Trainer
 from lm_trust.training.watching import check_videos, film_iteration, to_watch, watch
 
 
 def train(config: Config, output: Path, resume: Path | None = None) -> int:
-    """Train to the end, or to the first Ctrl-C or SIGTERM.
+    """Train to the end, to a limit of the `stop` section, or to the first Ctrl-C or SIGTERM.
 
     Args:
         config: validated.
@@ -109,15 +113,19 @@ def generate(
 ) -> int:
     """Print completions of a prompt by a run's last policy, by its best one, or by its frozen reference.
 
+    The prompt is put as training put a row's text: into its template and the model's chat template where it used them.
+
     Raises:
         UserError: the folder is not that of a language run, or the prompt does not fit the model.
     """
     from contextlib import nullcontext
 
     from lm_trust.core.seeding import make_generator
+    from lm_trust.lm.encoding import encode
     from lm_trust.lm.generation import decode, eos_ids, sample_completions
-    from lm_trust.lm.loading import load_trained
-    from lm_trust.lm.prompts import Prompts, encode
+    from lm_trust.lm.prompts import typed_prompt
+    from lm_trust.lm.reasoning import fill
+    from lm_trust.lm.saving import load_trained, trained_name
 
     # Only the model is needed: the prompts and the reward may have moved since.
     config = _config_of(run, check_files=False)
@@ -131,9 +139,11 @@ def generate(
         raise UserError("prompt: it is not text in UTF-8") from None
     limit = max_new_tokens or config.rollout.max_new_tokens
     tokenizer, context = build_tokenizer(config)
-    ids = encode(tokenizer, Prompts([prompt], {}, "prompt", "row", [1]), context=context, max_new_tokens=limit)
+    template = getattr(config.prompts, "template", None)  # what training made of a problem, or of a row's text
+    typed = typed_prompt(prompt if template is None else fill(template, prompt), chat=config.prompts.chat)
+    _, ids = encode(tokenizer, typed, context=context, max_new_tokens=limit)
     policy = build_language_policy(config)
-    load_trained(policy, (best_folder(run) if best else run) / "adapter")
+    load_trained(policy, (best_folder(run) if best else run) / trained_name(policy))
     with policy.as_reference() if reference else nullcontext():
         completions = sample_completions(
             policy,
@@ -144,7 +154,36 @@ def generate(
             generator=make_generator(config.seed if seed is None else seed, "generate"),
         )
     for text in decode(tokenizer, completions):
-        print(prompt + text)
+        print(text if config.prompts.chat else prompt + text)  # an answer, or the text gone on with
+    return 0
+
+
+def merge(run: Path, output: Path | None = None, best: bool = False) -> int:
+    """Write a run's last policy, or its best one, as a plain model, in `merged/` in the run's folder if nowhere else.
+
+    Raises:
+        UserError: the folder is not that of a language run with an adapter, or the output is not free.
+    """
+    from lm_trust.lm.merging import merge_adapter
+    from lm_trust.lm.saving import ADAPTER, MODEL
+
+    config = _config_of(run, check_files=False)
+    if not isinstance(config, LanguageConfig):
+        raise UserError(f"{run}: this is a control run; `merge` is for language runs")
+    policy = best_folder(run) if best else run
+    if config.model.lora is None:
+        raise UserError(f"{run}: all weights were trained, so {policy / MODEL} is a plain model already; use that one")
+    output = run / "merged" if output is None else output
+    model = config.model
+    merge_adapter(
+        model.path,
+        policy / ADAPTER,
+        output,
+        temperature=config.rollout.temperature,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    print(f"Merged model: {output}")
     return 0
 
 
@@ -167,6 +206,9 @@ def _iterate(
     config: Config, world: World, folder: RunFolder, recorder: Recorder, console: Console, interruption: Interruption
 ) -> None:
     trainer = world.trainer
+    language = isinstance(config, LanguageConfig)
+    stopping = Stopping(config.stop if language else Stop(rejections=None))
+    tables = config.completions if language else CompletionTable(every=0)
     with Progress(
         trainer.iterations,
         bounds=world.step_kl_bound,
@@ -185,6 +227,17 @@ def _iterate(
                 raise
             recorder.iteration(metrics)
             progress.update(metrics)
+            is_last = trainer.iteration == trainer.iterations
+            ending = None if is_last else stopping.after(metrics)
+            if tables.every and (is_last or ending or trainer.iteration % tables.every == 0):
+                write_completions(folder, trainer.iteration, trainer.samples)
+                show_completions(trainer.iteration, trainer.samples, tables.show, console)
+            if ending is not None and ending.failed:
+                _save(config, world, folder)
+                raise _with_checkpoint(UserError(ending.words), f"iteration {trainer.iteration}")
+            if ending is not None:
+                progress.message(f"Stopped after iteration {trainer.iteration} of {trainer.iterations}: {ending.words}")
+                return
             if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
                 try:
                     record = trainer.task.evaluate(trainer.policy, config.evaluation.count)
@@ -221,6 +274,8 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder,
             reward_label="reward" if world.kind == "language" else "episode return",
             evaluations=evaluations,
         )
+    if isinstance(config, LanguageConfig):
+        write_cards(config, world.policy_name, folder)
     print_summary(folder.evaluation(), console, world=world.kind)
     film_iteration(config, world, folder.path)
     console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
@@ -234,7 +289,7 @@ def _save(config: Config, world: World, folder: RunFolder) -> None:
         iteration=trainer.iteration,
         keep_last=config.checkpoint.keep_last,
     )
-    with folder.writing("adapter" if world.kind == "language" else "policy.safetensors"):
+    with folder.writing(world.policy_name):
         world.save_policy(folder.path)
 
 

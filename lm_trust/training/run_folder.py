@@ -1,8 +1,9 @@
 """A run's folder: what is written where, and how it is read back.
 
 config.yaml (resolved), metrics.jsonl (a line an iteration), evaluations.jsonl (a line a periodic evaluation),
-evaluation.json (held out, before and after), learning_curve.png, checkpoints/, the trained policy and, under best/, the
-one of the best evaluation. Other modules add monitor.csv (control: a line an episode) and tensorboard/.
+evaluation.json (held out, before and after), learning_curve.png, checkpoints/, completions/ (language: tables of what
+the policy wrote), the trained policy and, under best/, the one of the best evaluation. Other modules add monitor.csv
+(control: a line an episode) and tensorboard/.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class RunFolder:
     def learning_curve(self) -> Path:
         return self.path / "learning_curve.png"
 
+    def completions(self, iteration: int) -> Path:
+        """Where the table of an iteration's completions lies."""
+        return self.path / "completions" / f"iteration-{iteration:08d}.parquet"
+
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
         """Within the context a file or folder of that name is written; a disk that fails is a UserError."""
@@ -76,11 +81,14 @@ class RunFolder:
         return self._lines("evaluations.jsonl")
 
     def forget_after(self, iteration: int) -> None:
-        """Drop the lines of iterations that a resumed run will do again."""
+        """Drop the lines and the tables of iterations that a resumed run will do again."""
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             kept = [line for line in self._lines(name) if line["iteration"] <= iteration]
             if (self.path / name).exists():
                 self.replace(name, "".join(_line(line) for line in kept))
+        for table in (self.path / "completions").glob("iteration-*.parquet"):
+            if table > self.completions(iteration):
+                table.unlink()
 
     def evaluation(self) -> dict[str, Any]:
         """evaluation.json, empty where there is none yet."""

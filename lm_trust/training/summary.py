@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -47,7 +48,7 @@ def print_summary(evaluation: Mapping[str, Evaluation | None], console: Console,
     for _ in columns:
         table.add_column(justify="right", no_wrap=True)
     table.add_row("", *(Text(name, "bold") for name in columns))
-    for label, number in _LANGUAGE_ROWS if world == "language" else _CONTROL_ROWS:
+    for label, number in [*LANGUAGE_ROWS, *_part_rows(last)] if world == "language" else _CONTROL_ROWS:
         table.add_row(Text(label), *(number(values) for values in columns.values()))
     console.print(table, width=width, highlight=False)
     samples = {name: list(values.get("samples") or []) for name, values in columns.items()}
@@ -89,9 +90,15 @@ def _completion(sample: Mapping[str, Any], encoding: str) -> Text:
     return Text(text) if text else Text("(empty)", "dim")
 
 
-def _reward(values: Evaluation) -> str:
-    interval = values.get("reward_interval")
-    mean = format_number(values.get("reward_mean"))
+def _part_rows(values: Evaluation) -> list[tuple[str, Callable[[Evaluation], str]]]:
+    """A row for each part of the reward, where it has several."""
+    names = [key.removeprefix("reward/") for key in values if key.startswith("reward/")]
+    return [(f"  of it {name}", partial(_mean, of=f"/{name}")) for name in names] if len(names) > 1 else []
+
+
+def _mean(values: Evaluation, of: str = "") -> str:
+    interval = values.get(f"reward_interval{of}")
+    mean = format_number(values.get("reward_mean" if not of else f"reward{of}"))
     if interval is None or any(limit is None for limit in interval):
         return mean
     low, high = map(format_number, interval)
@@ -102,14 +109,14 @@ def _number(key: str, decimals: int = 3) -> Callable[[Evaluation], str]:
     return lambda values: format_number(values.get(key), decimals)
 
 
-_LANGUAGE_ROWS: list[tuple[str, Callable[[Evaluation], str]]] = [
-    ("mean reward [95 % interval]", _reward),
+LANGUAGE_ROWS: list[tuple[str, Callable[[Evaluation], str]]] = [
+    ("mean reward [95 % interval]", _mean),
     ("reference KL (nats/sequence)", _number("reference_kl")),
     ("perplexity under base model", _number("perplexity", 2)),
     ("distinct-2", _number("distinct_2")),
     ("completion length (tokens)", _number("completion_length", 1)),
 ]
 _CONTROL_ROWS: list[tuple[str, Callable[[Evaluation], str]]] = [
-    ("mean return [95 % interval]", _reward),
+    ("mean return [95 % interval]", _mean),
     ("episode length (steps)", _number("length_mean", 1)),
 ]

@@ -18,9 +18,10 @@ from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.core.trust_region import StepReport
-from lm_trust.training.config import AdaptivePenalty
+from lm_trust.training.config_language import AdaptivePenalty
 from lm_trust.training.critic import Critic
 from lm_trust.training.estimation import AdvantageConfig, estimate_advantages
+from lm_trust.training.finiteness import first_non_finite
 from lm_trust.training.penalty import adapted_penalty
 
 
@@ -32,6 +33,8 @@ class Task(Protocol):
     def collect(self, policy: nn.Module) -> Rollout: ...
 
     def after_update(self, policy: nn.Module, rollout: Rollout) -> None: ...
+
+    def describe(self, rollout: Rollout, row: int, step: int) -> str: ...
 
     def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]: ...
 
@@ -65,6 +68,10 @@ class Trainer:
         iterations: how many there will be, for schedules.
         reference_penalty: coefficient of log(policy / reference), a token's k1, taken off its reward.
         adaptive_penalty: how that coefficient changes after each iteration; None: not at all.
+
+    Attributes:
+        samples: of the last iteration, what people may read of each row (B values a column): the rollout's `samples`,
+            the mean advantage of the row's steps and, where there is a reference, the row's KL to it in nats.
     """
 
     policy: nn.Module
@@ -76,6 +83,7 @@ class Trainer:
     reference_penalty: float = 0.0
     adaptive_penalty: AdaptivePenalty | None = None
     iteration: int = 0
+    samples: dict[str, list] = field(default_factory=dict, init=False, repr=False)
     _task_before_collect: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def iterate(self) -> dict[str, Any]:
@@ -85,21 +93,31 @@ class Trainer:
         rollout = self._collect()
         with torch.no_grad():
             old = self.policy.distribution(rollout.observations).detach()
-            old_log_prob, metrics, rewards = self._score(rollout, old)
+            scores, metrics = self._score(rollout, old)
         collected = time.perf_counter()
 
         values, next_values = self.critic.values(rollout)
-        advantages, returns = estimate_advantages(self.advantage, rollout, rewards, values, next_values)
-        progress = self.iteration / self.iterations
-        batch = _batch(rollout, old, old_log_prob, advantages, progress=progress)
-        report = self.update.step(self.policy, batch)
-        fitted = self.critic.fit(rollout, returns, values, progress)
-        self.task.after_update(self.policy, rollout)
+        advantages, returns = estimate_advantages(self.advantage, rollout, scores["reward"], values, next_values)
         if self.adaptive_penalty is not None:
             metrics["reference_penalty"] = self.reference_penalty
-            self.reference_penalty = adapted_penalty(
-                self.adaptive_penalty, self.reference_penalty, metrics["reference_kl"], len(rollout.actions)
-            )
+        offender = first_non_finite(scores | {"value": values, "advantage": advantages}, rollout.mask)
+        if offender is None:
+            progress = self.iteration / self.iterations
+            batch = _batch(rollout, old, scores["log-probability"], advantages, progress=progress)
+            finish_fit = self.critic.start_fit(rollout, returns, values, progress)
+            report = self.update.step(self.policy, batch)
+            fitted = finish_fit()
+            if self.adaptive_penalty is not None:
+                self.reference_penalty = adapted_penalty(
+                    self.adaptive_penalty, self.reference_penalty, metrics["reference_kl"], len(rollout.actions)
+                )
+        else:  # nothing may learn from it: what is not finite stays so in whatever it once got into
+            place = self.task.describe(rollout, offender.row, offender.step)
+            what = f"the {offender.quantity} is {offender.value} at {place}"
+            report = StepReport(False, "non_finite", metrics={"offender": what})
+            fitted = {"value_loss": None, "explained_variance": None}
+        self.task.after_update(self.policy, rollout)
+        self.samples = _samples(rollout, scores, advantages)
         self.iteration += 1
         ended = time.perf_counter()
         return {
@@ -126,19 +144,21 @@ class Trainer:
         self._task_before_collect = None
         return rollout
 
-    def _score(self, rollout: Rollout, old: Distribution) -> tuple[Tensor, dict[str, float], Tensor]:
-        """Old log-probabilities (B, T), the batch's entropy and reference KL, and rewards less the penalty (B, T)."""
+    def _score(self, rollout: Rollout, old: Distribution) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Each step's log-probabilities, entropy, reference KL and reward less the penalty, (B, T); means to log."""
         reference = [] if rollout.reference is None else [rollout.reference]
         log_prob, entropy, *rest = per_step(_scores, [old, *reference], rollout.actions)
+        scores = {"log-probability": log_prob, "entropy": entropy}
         metrics = {"entropy": masked_mean(entropy, rollout.mask).item()}
         rewards = rollout.rewards
         if rest:
             reference_log_prob, kl = rest
+            scores |= {"reference log-probability": reference_log_prob, "reference KL": kl}
             metrics["reference_kl"] = torch.where(rollout.mask, kl, 0.0).sum(-1).mean().item()
             if self.reference_penalty:
                 log_ratio = torch.where(rollout.mask, log_prob - reference_log_prob, 0.0)
                 rewards = rewards - self.reference_penalty * log_ratio
-        return log_prob, metrics, rewards
+        return scores | {"reward": rewards}, metrics
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next iterations depend on. Of the policy, its trainable parameters and its buffers."""
@@ -190,6 +210,15 @@ def _batch(rollout: Rollout, old: Distribution, old_log_prob: Tensor, advantages
         progress=progress,
     )
     return batch if rollout.whole_sequences else batch.flattened()
+
+
+def _samples(rollout: Rollout, scores: dict[str, Tensor], advantages: Tensor) -> dict[str, list]:
+    if not rollout.samples:
+        return {}
+    summed = {"advantage": torch.where(rollout.mask, advantages, 0.0).sum(-1) / rollout.mask.sum(-1)}
+    if "reference KL" in scores:
+        summed["reference_kl"] = torch.where(rollout.mask, scores["reference KL"], 0.0).sum(-1)
+    return rollout.samples | {name: values.tolist() for name, values in summed.items()}
 
 
 def _buffers(policy: nn.Module) -> dict[str, Tensor]:

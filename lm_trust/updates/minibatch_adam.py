@@ -1,7 +1,7 @@
 """Epochs of minibatch Adam on one batch, certified after the fact: what the PPO family shares.
 
-Such a rule bounds nothing by itself; its report measures, on all valid steps, how far it went. Only a budget of the
-reference KL is kept, by shortening the whole move where the epochs went over it.
+Such a rule bounds nothing by itself; its report measures, on all valid steps, how far it went. What bounds there are
+(on the step KL, on the reference KL, on what the move must be worth) are kept by shortening the whole move.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from lm_trust.core.budget import reference_limit
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
+from lm_trust.core.report import StepReport
 from lm_trust.core.seeding import make_generator
-from lm_trust.core.trust_region import StepReport, line_search
+from lm_trust.core.trust_region import line_search
 from lm_trust.updates.reference_budget import ReferenceBudget
 
-# Of the way back to the budget: a shorter move than 0.8 ** 20, a hundredth, is not worth another pass.
+# Of the way back to the bounds: a shorter move than 0.8 ** 20, a hundredth, is not worth another pass.
 _BACKTRACK_RATIO, _MAX_BACKTRACKS = 0.8, 20
 
 
@@ -65,18 +66,23 @@ class MinibatchAdam:
         differentiate: Callable[[Batch], bool],
         *,
         reference: ReferenceBudget | None = None,
+        max_kl: float = math.inf,
+        needs_gain: bool = False,
+        price: float = 0.0,
         microbatch_size: int | None = None,
     ) -> StepReport:
         """Move the policy in place; a move that cannot be certified restores policy and optimizer, and is reported.
 
-        A loss, a gradient or a measured number that is not finite is such a one. Where there is a budget of the
-        reference KL, a move that leads over it is shortened, on the straight line to its start, until the exact KL on
-        the whole batch is within it; from a start over the budget, until it is lower than there.
+        A loss, a gradient or a measured number that is not finite is such a one. Where there is a bound, a move that
+        breaks it is shortened, on the straight line to its start, until the exact numbers on the whole batch keep it.
+        From a start over the budget of the reference KL it is enough that this KL falls.
 
         Args:
             policy, batch: as for every update rule.
             differentiate: leaves the gradient of a minibatch's loss in the parameters' `.grad`; False ends the epochs.
             reference: how KL(policy || reference) counts; None: not at all.
+            max_kl: bound on the mean exact step KL, nats per step.
+            needs_gain: whether the surrogate must improve, by more than `price` a nat of the largest step KL.
             microbatch_size: rows measured at a time.
         """
         reference = reference or ReferenceBudget(None, 0.0)
@@ -107,7 +113,17 @@ class MinibatchAdam:
         if reference.budget is not None:
             report.metrics["reference_multiplier"] = reference.multiplier
         if self._run_epochs(parameters, optimizer, batch, differentiate, norms):
-            _certify(objective, parameters, start, reference, report)
+            needs_gain = needs_gain and not reference.began_over
+            _certify(
+                objective,
+                parameters,
+                start,
+                reference,
+                report,
+                max_kl=max_kl,
+                needs_gain=needs_gain,
+                price=price,
+            )
         if not report.accepted:
             assign(parameters, flatten(start))
             optimizer.load_state_dict(optimizer_start)
@@ -166,8 +182,12 @@ def _certify(
     start: list[Tensor],
     reference: ReferenceBudget,
     report: StepReport,
+    *,
+    max_kl: float,
+    needs_gain: bool,
+    price: float,
 ) -> None:
-    """Measure the move, shorten it where it leads over the budget, fill in the report, and adapt the multiplier."""
+    """Measure the move, shorten it where it breaks a bound, fill in the report, and adapt the multiplier."""
     found = objective.measure()
     if not found.finite:
         return
@@ -175,28 +195,33 @@ def _certify(
     if reference.budget is not None:
         reference.adapt(max(objective.reference_kl, found.reference_kl))
         limit = reference_limit(objective.reference_kl, reference.budget, must_fall=reference.began_over)
-    if found.reference_kl is None or found.reference_kl <= limit:
+    within = found.step_kl <= max_kl and (found.reference_kl is None or found.reference_kl <= limit)
+    if within and (not needs_gain or found.improves(price)):
         report.accepted, report.reason, report.step_fraction = True, "accepted", 1.0
         report.surrogate_gain, report.step_kl, report.step_kl_max, reference_kl = found
         if reference_kl is not None:
             report.metrics["reference_kl_after"] = reference_kl
         return
+    # The step KL grows with the square of the move, so the edge of its bound is known to within a pass or two.
+    edge = math.sqrt(max_kl / found.step_kl) if found.step_kl > max_kl else 1.0
     move = flatten(parameters) - flatten(start)
     assign(parameters, flatten(start))
     line_search(
         objective,
         parameters,
-        move,
+        edge * move,
         report,
         full_gain=None,
-        max_kl=math.inf,
+        max_kl=max_kl,
         backtrack_ratio=_BACKTRACK_RATIO,
         max_backtracks=_MAX_BACKTRACKS,
-        first_backtracks=1,
+        first_backtracks=0 if edge < 1 else 1,
         accept_ratio=0.0,
         reference_limit=limit,
-        needs_gain=False,
+        needs_gain=needs_gain,
+        price=price,
     )
+    report.step_fraction *= edge
 
 
 @torch.no_grad()
@@ -217,6 +242,7 @@ def backward(
     objective: Callable[..., tuple[Tensor, ...]],
     *,
     others: Sequence[Distribution] = (),
+    extras: Sequence[Tensor] = (),
     microbatch_size: int | None = None,
 ) -> list[float]:
     """Leave the gradient of minus the mean objective in `.grad`, accumulated over microbatches.
@@ -224,9 +250,10 @@ def backward(
     Args:
         policy: differentiated by autograd.
         minibatch: of `len` rows.
-        objective: of the new distribution, the others, actions, advantages, old_log_prob and mask (all (B, T)), to the
-            objective of each step and any statistics of each step.
+        objective: of the new distribution, the others, actions, advantages, old_log_prob, mask and the extras (all
+            (B, T)), to the objective of each step and any statistics of each step.
         others: fixed distributions at the same rows.
+        extras: further tensors of each step.
         microbatch_size: rows differentiated at a time; changes memory, not the result.
 
     Returns:
@@ -245,6 +272,7 @@ def backward(
             objective,
             [policy.distribution(minibatch.observations[rows]), *[other[rows] for other in others]],
             *[minibatch.actions[rows], minibatch.advantages[rows], old_log_prob[rows], mask[rows]],
+            *[extra[rows] for extra in extras],
         )
         share = mask[rows].sum().to(each.dtype) / count
         (-masked_mean(each, mask[rows]) * share).backward()

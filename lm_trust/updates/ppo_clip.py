@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,8 @@ from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution, kl_estimators
 from lm_trust.core.linearisation import distribution_with_pullback, set_gradients
+from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import clipped_surrogate, clipped_surrogate_slope
-from lm_trust.core.trust_region import StepReport
 from lm_trust.updates.minibatch_adam import MinibatchAdam, backward
 from lm_trust.updates.reference_budget import ReferenceBudget
 
@@ -61,8 +62,10 @@ class PPOClip:
             seed=self.seed,
         )
 
-    def step(self, policy: nn.Module, batch: Batch) -> StepReport:
-        """Move the policy in place; see `MinibatchAdam.step`."""
+    def step(
+        self, policy: nn.Module, batch: Batch, *, max_kl: float = math.inf, needs_gain: bool = False
+    ) -> StepReport:
+        """Move the policy in place; `max_kl` and `needs_gain` as for `MinibatchAdam.step`."""
         entropy = self.entropy * (1 - batch.progress) if self.anneal_entropy else self.entropy
         # A policy that knows its own derivative needs no autograd, as long as the objective is the surrogate alone.
         plain = hasattr(policy, "linearised") and not entropy and not self._reference.weighs
@@ -84,6 +87,8 @@ class PPOClip:
             batch,
             differentiate,
             reference=self._reference,
+            max_kl=max_kl,
+            needs_gain=needs_gain,
             microbatch_size=self.microbatch_size,
         )
         report.metrics = {"clip_fraction": sum(clipped) / max(len(clipped), 1), **report.metrics}

@@ -7,7 +7,9 @@ import torch
 from scipy import stats
 
 from lm_trust.lm.evaluation import distinct_2, divergence_and_perplexity, evaluation_record, reward_interval
-from lm_trust.lm.loading import load_policy, save_adapter
+from lm_trust.lm.loading import load_policy
+from lm_trust.lm.rewards import RewardScores
+from lm_trust.lm.saving import save_adapter
 
 
 def test_distinct_2_counts_bigrams_over_all_completions():
@@ -84,11 +86,15 @@ def test_a_record_holds_every_sample(make_policy, tokenizer, lm):
     completions = lm.sample(policy, tokenizer)
     scores = torch.linspace(-1, 2, 6, dtype=torch.float64)
     texts = [f"written {row}" for row in range(6)]
-    record = evaluation_record(policy, completions, scores, torch.arange(6) % 3, lm.TEXTS, texts)
+    parts = {"one": scores - 1, "other": torch.ones(6, dtype=torch.float64)}
+    record = evaluation_record(policy, completions, RewardScores(scores, parts), torch.arange(6) % 3, lm.TEXTS, texts)
     assert record["reward_mean"] == pytest.approx(0.5)
     assert record["count"] == 6
     low, high = record["reward_interval"]
     assert low < 0.5 < high
+    assert record["reward/one"] == pytest.approx(-0.5) and record["reward/other"] == 1.0
+    assert record["reward_interval/one"] == pytest.approx([low - 1, high - 1])
+    assert record["reward_interval/other"] == [1.0, 1.0]
     assert record["completion_length"] == completions.lengths.double().mean()
     ids = [row[:length].tolist() for row, length in zip(completions.tokens, completions.lengths, strict=True)]
     assert record["distinct_2"] == distinct_2(ids)
@@ -97,6 +103,10 @@ def test_a_record_holds_every_sample(make_policy, tokenizer, lm):
     assert record.keys() == {
         "reward_mean",
         "reward_interval",
+        "reward/one",
+        "reward/other",
+        "reward_interval/one",
+        "reward_interval/other",
         "count",
         "reference_kl",
         "perplexity",

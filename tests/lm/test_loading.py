@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from lm_trust.errors import UserError
@@ -17,10 +18,9 @@ from lm_trust.lm.loading import (
     load_base,
     load_policy,
     load_tokenizer,
-    load_trained,
     prepare_base,
-    save_adapter,
 )
+from lm_trust.lm.saving import load_trained, save_adapter, save_trained
 
 
 def one_line(error):
@@ -59,6 +59,19 @@ def test_a_base_is_frozen_at_rest_and_in_single_precision(model_folder, tmp_path
     assert {parameter.dtype for parameter in load_base(str(tmp_path / "half")).parameters()} == {torch.float32}
     settings = base.generation_config
     assert (settings.eos_token_id, settings.top_k, settings.temperature) == (lm.EOS, None, None)
+
+
+def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name or "h.1" in name)
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model\.path: .* lacks weights of the model, .*; they would be random"
+    ) as error:
+        load_base(str(tmp_path))
+    assert name in one_line(error)
 
 
 def test_the_context_is_read_without_the_model(model_folder, tmp_path):
@@ -311,3 +324,53 @@ def test_a_saved_adapter_replaces_the_one_before(trained, tmp_path, lm):
     save_adapter(lm.move(policy, seed=2), tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+# All weights
+
+
+@pytest.fixture
+def whole(model_folder, tokenizer, lm):
+    policy = lm.move(load_policy(str(model_folder), r=None), scale=0.05)
+    return policy, lm.sample(policy, tokenizer)
+
+
+def test_a_saved_model_goes_back_into_a_policy_and_leaves_the_reference(whole, model_folder, tokenizer, tmp_path, lm):
+    policy, completions = whole
+    save_trained(policy, tokenizer, tmp_path)
+    other = load_policy(str(model_folder), r=None)
+    start = lm.checksum(other, trainable=False)
+    load_trained(other, tmp_path / "model")
+    assert lm.checksum(other, trainable=True) == lm.checksum(policy, trainable=True)
+    assert lm.checksum(other, trainable=False) == start
+    assert all(value.requires_grad for name, value in other.named_parameters() if name.startswith("model."))
+    torch.testing.assert_close(log_probs(other, completions), log_probs(policy, completions), rtol=0, atol=1e-6)
+    # Saving changes nothing of the policy itself.
+    assert policy.causal_lm.generation_config.temperature is None
+    save_trained(lm.move(policy, scale=0.05), tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_does_not_fit_the_policy_is_refused(whole, model_folders, architecture, tokenizer, tmp_path):
+    policy, _ = whole
+    other = {"gpt2": "llama", "llama": "gpt2"}[architecture]
+    with pytest.raises(UserError, match="the model ") as error:
+        load_trained(policy, model_folders(other))
+    assert str(model_folders(other)) in one_line(error)
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"the model could not be loaded: there is no config\.json") as error:
+            load_trained(policy, folder)
+        assert str(folder) in one_line(error)
+
+
+def test_a_model_that_lacks_a_weight_leaves_the_policy_as_it_was(whole, tokenizer, tmp_path, lm):
+    policy, _ = whole
+    save_trained(policy, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights[next(name for name in weights if "layers.1" in name or "h.1" in name)]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    before = lm.checksum(lm.move(policy, scale=0.05), trainable=True)
+    with pytest.raises(UserError, match="the model was made for another model") as error:
+        load_trained(policy, tmp_path / "model")
+    one_line(error)
+    assert lm.checksum(policy, trainable=True) == before

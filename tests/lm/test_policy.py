@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lm_trust.core import FisherOperator, trust_region_step
+from lm_trust.core import Categorical, FisherOperator, trust_region_step
+from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import flatten, trainable_parameters
 from lm_trust.lm import vocabulary_head
-from lm_trust.lm.loading import load_policy, load_tokenizer, save_adapter
+from lm_trust.lm.loading import load_policy, load_tokenizer
 from lm_trust.lm.policy import TokenObservations
+from lm_trust.lm.saving import save_adapter
 
 
 @pytest.fixture
@@ -187,11 +189,11 @@ def requirements(policy):
     return [(name, parameter.requires_grad) for name, parameter in policy.named_parameters()]
 
 
-@pytest.fixture(params=["fresh", "from an adapter"])
+@pytest.fixture(params=["fresh", "from an adapter", "all weights"])
 def started(request, make_policy, tmp_path, model_folder):
     """A policy at its start, where the reference is the base, or a saved adapter with weights of its own."""
-    if request.param == "fresh":
-        return make_policy(moved=False)
+    if request.param != "from an adapter":
+        return make_policy(moved=False, r=2 if request.param == "fresh" else None)
     save_adapter(make_policy(dtype=torch.float32), tmp_path / "start")
     return load_policy(str(model_folder), adapter=tmp_path / "start").double()
 
@@ -214,15 +216,19 @@ def test_the_reference_is_the_start_however_far_the_policy_moves(started, tokeni
     torch.testing.assert_close(reference[mask], start[mask], rtol=0, atol=1e-5)
     with torch.no_grad(), started.as_base():
         torch.testing.assert_close(started.distribution(seen).dense().log_probs[mask], base[mask], rtol=0, atol=1e-12)
-    assert (started.distribution(seen).dense().log_probs - start)[mask].abs().max() > 0.1
+    assert (started.distribution(seen).dense().log_probs - start)[mask].abs().max() > 0.05
     assert requirements(started) == flags
     assert lm.checksum(started, trainable=False) == untouched
 
 
-def test_only_the_trained_adapter_requires_gradients(started):
+def test_only_the_trained_adapter_or_all_of_the_model_requires_gradients(started):
     names = [name for name, required in requirements(started) if required]
     assert names
-    assert all(".lora_" in name and ".default." in name for name in names)
+    if started.start is None:
+        assert all(".lora_" in name and ".default." in name for name in names)
+    else:
+        assert names == [name for name, _ in started.named_parameters() if name.startswith("model.")]
+        assert not {id(value) for value in started.start.parameters()} & set(map(id, started.model.parameters()))
 
 
 @pytest.mark.parametrize("context", ["as_reference", "as_base"])
@@ -298,6 +304,62 @@ def test_a_second_derivative_through_the_chunks_is_refused(rolled):
     policy, completions = rolled
     with pytest.raises(RuntimeError, match="differentiable once"):
         fisher_product(policy, completions, random_like_parameters(policy), "kl_hessian")
+
+
+class OwnLogits(nn.Module):
+    """The same policy with a plain categorical over the logits that the transformers model itself gives."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def distribution(self, observations):
+        logits = self.policy.causal_lm(
+            input_ids=observations.input_ids,
+            attention_mask=observations.attention_mask.long(),
+            position_ids=observations.position_ids,
+        ).logits
+        return Categorical(logits[:, observations.prompt_width - 1 : -1] / self.policy.temperature)
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_all_weights_have_the_gradients_and_products_of_plain_logits(
+    make_policy, tokenizer, lm, architecture, microbatch_size
+):
+    """The head among them, which in GPT-2 is the input embedding too."""
+    policy = make_policy(r=None, moved=False, temperature=0.8)
+    tied = policy.causal_lm.get_output_embeddings().weight is policy.causal_lm.get_input_embeddings().weight
+    assert tied == (architecture == "gpt2")
+    completions = lm.sample(policy, tokenizer)
+    given = (completions.observations, completions.tokens, advantages_of(completions))
+    settings = {"mask": completions.mask, "microbatch_size": microbatch_size}
+    parameters = trainable_parameters(policy)
+    with torch.no_grad(), policy.as_reference():
+        fixed = policy.distribution(completions.observations)
+    lm.move(policy, scale=0.02)
+    # Llama's normalisation computes in single precision whatever the model's.
+    tolerance = 1e-9 if architecture == "gpt2" else 1e-5
+    found, expected = (
+        SurrogateObjective(of, *given, **settings, reference=reference, reference_loss=0.3).gradient(parameters)
+        for of, reference in [(policy, fixed), (OwnLogits(policy), fixed.dense())]
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.norm().item())
+    vector = random_like_parameters(policy)
+    expected = fisher_product(OwnLogits(policy), completions, vector, "kl_hessian", microbatch_size)
+    assert expected.norm() > 0.1
+    for method in ("gauss_newton", "kl_hessian", "auto"):
+        found = fisher_product(policy, completions, vector, method, microbatch_size)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.norm().item())
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+def test_a_finite_difference_over_all_weights_agrees_in_single_precision(make_policy, tokenizer, lm):
+    policy = make_policy(r=None, moved=False, dtype=torch.float32)
+    completions, vector = lm.sample(policy, tokenizer), random_like_parameters(policy)
+    expected = fisher_product(policy, completions, vector, "gauss_newton")
+    found = fisher_product(policy, completions, vector, "finite_difference", 4)
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.usefixtures("tiny_chunks")

@@ -1,8 +1,6 @@
-"""Prompts: every source reads alike, bad data is named by file and line, epochs lose nothing."""
+"""Prompts: texts and chats with their fields, a held-out side that was never trained on, epochs that lose nothing."""
 
 import json
-import os
-import socket
 from collections import Counter
 
 import pyarrow
@@ -14,39 +12,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from lm_trust.errors import UserError
-from lm_trust.lm.prompts import Prompts, PromptSampler, encode, load_prompts, split_heldout
+from lm_trust.lm.prompts import Prompts, PromptSampler, load_prompts, split_heldout, user_chat
+from lm_trust.lm.rows import BadRows
 
-ROWS = [
-    {"prompt": "The film", "answer": "a"},
-    {"prompt": 'Its "plot",\nwell', "answer": "b"},
-    {"prompt": "Ünder\u2028water 🎬", "answer": "c"},
+CHAT = [
+    {"role": "system", "content": "Be terse."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "2 + 2?"},
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_network_and_no_cache(monkeypatch, tmp_path_factory):
-    """Local data is read without the network and without a trace in the user's cache."""
-
-    def refuse(*_, **__):
-        raise AssertionError("a local file touched the network")
-
-    import datasets
-
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield
-    assert not list(cache.iterdir())
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def jsonl(path, rows):
-    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def made(texts, fields=None):
@@ -54,97 +33,17 @@ def made(texts, fields=None):
     return Prompts(texts, fields or {}, "made.jsonl", "line", list(range(1, len(texts) + 1)))
 
 
-# Sources
+# Loading
 
 
-def csv_file(folder):
-    lines = [f'"{row["prompt"].replace(chr(34), chr(34) * 2)}",{row["answer"]}\r\n' for row in ROWS]
-    return write(folder / "p.csv", "\ufeffprompt,answer\r\n" + "".join(lines))
-
-
-def parquet_file(folder):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "p.parquet")
-    return folder / "p.parquet"
-
-
-def saved_dataset(folder):
-    import datasets
-
-    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def saved_splits(folder):
-    import datasets
-
-    other = datasets.Dataset.from_list(ROWS[:1])
-    datasets.DatasetDict(test=other, train=datasets.Dataset.from_list(ROWS)).save_to_disk(folder / "splits")
-    return folder / "splits"
-
-
-def folder_of_files(folder):
-    (folder / "files").mkdir()
-    jsonl(folder / "files" / "train.jsonl", ROWS)
-    return folder / "files"
-
-
-SOURCES = [
-    lambda folder: jsonl(folder / "p.jsonl", ROWS),
-    lambda folder: write(folder / "p.json", "\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in ROWS)),
-    csv_file,
-    parquet_file,
-    saved_dataset,
-    saved_splits,
-    folder_of_files,
-]
-NAMES = ["jsonl", "json", "csv", "parquet", "saved", "splits", "files"]
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
-def test_every_source_gives_the_same_prompts_with_their_fields(source, tmp_path):
-    path = source(tmp_path)
+def test_every_row_keeps_its_other_fields(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "The film", "answer": "a"}, {"prompt": "Its plot", "answer": "b"}])
     prompts = load_prompts(path)
-    assert prompts.texts == [row["prompt"] for row in ROWS]
-    assert prompts.fields == {"answer": ["a", "b", "c"]}
-    assert len(prompts) == 3 and prompts.source == str(path)
+    assert prompts.texts == ["The film", "Its plot"] and prompts.fields == {"answer": ["a", "b"]}
+    assert len(prompts) == 2 and prompts.source == str(path) and prompts.chats is None
+    assert prompts.where(1) == f"{path}, line 2"
     swapped = load_prompts(str(path), field="answer")
-    assert swapped.texts == ["a", "b", "c"] and list(swapped.fields) == ["prompt"]
-
-
-def test_a_split_is_chosen_by_name(tmp_path):
-    path = saved_splits(tmp_path)
-    assert len(load_prompts(path, split="test")) == 1
-    with pytest.raises(UserError, match=r"splits: no split 'tset'; set prompts.split to one of 'test', 'train'"):
-        load_prompts(path, split="tset")
-    with pytest.raises(UserError, match="no split 'test'"):
-        load_prompts(saved_dataset(tmp_path), split="test")
-    with pytest.raises(UserError, match="a file has no splits"):
-        load_prompts(csv_file(tmp_path), split="train")
-
-
-def test_several_splits_without_a_train_split_must_be_chosen_from(monkeypatch):
-    import datasets
-
-    asked = []
-    both = datasets.DatasetDict(a=datasets.Dataset.from_list(ROWS), b=datasets.Dataset.from_list(ROWS[:1]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: (asked.append((path, options)), both)[1])
-    with pytest.raises(UserError, match=r"several splits and none named 'train'; set prompts.split to one of 'a', 'b'"):
-        load_prompts("someone/reviews")
-    assert len(load_prompts("someone/reviews", split="b")) == 1
-    assert asked == [("someone/reviews", {})] * 2
-
-
-def test_a_hub_that_cannot_be_reached_is_a_user_error(monkeypatch):
-    import datasets
-
-    def load_dataset(path, **_):
-        raise ConnectionError("no\nroute")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        UserError, match=r"reviews: not a local file, nor a dataset on the hub .*ConnectionError: no route"
-    ):
-        load_prompts("someone/reviews")
+    assert swapped.texts == ["a", "b"] and list(swapped.fields) == ["prompt"]
 
 
 def test_fields_that_only_some_rows_have_are_none_elsewhere(tmp_path):
@@ -152,141 +51,122 @@ def test_fields_that_only_some_rows_have_are_none_elsewhere(tmp_path):
     assert load_prompts(path).fields == {"n": [None, 1.5, None], "m": [None, None, [1]]}
 
 
-def test_csv_values_stay_the_strings_that_they_are(tmp_path):
-    prompts = load_prompts(write(tmp_path / "p.csv", "prompt,answer\nNA,007\n1984,\n"))
-    assert prompts.texts == ["NA", "1984"] and prompts.fields == {"answer": ["007", ""]}
+def test_rows_that_are_left_out_leave_no_trace_in_the_columns(tmp_path):
+    rows = [{"prompt": "", "n": 0, "only": 1}, {"prompt": "b", "n": 1}, {"promt": "c"}, {"prompt": "d", "n": 3}]
+    bad = BadRows("skip")
+    prompts = load_prompts(jsonl(tmp_path / "p.jsonl", rows), bad=bad)
+    assert prompts.texts == ["b", "d"] and prompts.fields == {"n": [1, 3]} and prompts.numbers == [2, 4]
+    assert len(bad.problems) == 2 and "did you mean 'promt'" in bad.problems[1]
+    with pytest.raises(UserError, match=r"p\.jsonl, line 1: field 'prompt' is an empty string"):
+        load_prompts(tmp_path / "p.jsonl")
 
 
-# Malformed data
+def test_the_split_of_a_dataset(tmp_path):
+    import datasets
+
+    sides = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "test", "other")}
+    datasets.DatasetDict(sides).save_to_disk(tmp_path / "d")
+    assert load_prompts(tmp_path / "d").texts == ["train"]
+    assert load_prompts(tmp_path / "d", split="other").texts == ["other"]
+    assert load_prompts(tmp_path / "d", heldout=True).texts == ["test"]
+    with pytest.raises(UserError, match=r"set prompts\.split to one of"):
+        load_prompts(tmp_path / "d", split="tset")
+    with pytest.raises(UserError, match=r"prompts\.heldout: .*no such file"):
+        load_prompts(tmp_path / "e.jsonl", heldout=True)
+
+
+# Chats
+
+
+def chats_in(folder, kind, rows):
+    import datasets
+
+    if kind == "jsonl":
+        return jsonl(folder / "c.jsonl", rows)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "c.parquet")
+        return folder / "c.parquet"
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "c")
+    return folder / "c"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
+def test_messages_are_chats_and_their_text_is_the_last_of_the_user(kind, tmp_path):
+    named = [{"role": "user", "content": "Who?", "name": "Ada"}]
+    path = chats_in(tmp_path, kind, [{"prompt": CHAT, "answer": "4"}, {"prompt": named, "answer": "5"}])
+    prompts = load_prompts(path)
+    assert prompts.chats == [CHAT, named]  # without the name: None that a table gives the other messages
+    assert prompts.texts == ["2 + 2?", "Who?"] and prompts.fields == {"answer": ["4", "5"]}
+    assert prompts.select([1, 0, 1]).chats == [named, CHAT, named]
+
+
+def test_a_text_becomes_a_users_message_where_chats_are_asked_for(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "Hello"}, {"prompt": CHAT}])
+    prompts = load_prompts(path, chat=True)
+    assert prompts.chats == [[{"role": "user", "content": "Hello"}], CHAT] and prompts.texts == ["Hello", "2 + 2?"]
+    mixed = load_prompts(path)
+    assert mixed.chats == [None, CHAT] and mixed.chat(0) is None and mixed.texts == prompts.texts
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("chat", "told"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', r"p\.jsonl, line 3: not JSON: .* at column"),
-        ("p.jsonl", '{"prompt": "a"}\n["b"]\n', r"line 2: a JSON list where an object"),
-        (
-            "p.jsonl",
-            '{"promt": "a"}\n',
-            r"line 1: no field 'prompt'; its fields are 'promt' \(did you mean 'promt'",
-        ),
-        ("p.jsonl", "{}", r"line 1: no field 'prompt'; its fields are none"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"line 2: field 'prompt' is int, not a string"),
-        ("p.jsonl", '{"prompt": null}', r"line 1: field 'prompt' is null, not a string"),
-        ("p.jsonl", '{"prompt": ""}', r"line 1: field 'prompt' is an empty string"),
-        ("p.jsonl", '{"prompt": "\\ud83d"}', r"line 1: field 'prompt' holds half of a surrogate pair"),
-        ("p.jsonl", '{"prompt": "a", "n": %s}' % ("9" * 5000), r"line 1: not JSON that can be read"),
-        ("p.jsonl", "[" * 200_000, r"line 1: not JSON"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"p\.jsonl, line 2: not UTF-8"),
-        ("p.jsonl", "", r"p\.jsonl: it holds no rows"),
-        ("p.csv", "", r"p\.csv: it holds no rows"),
-        ("p.csv", "prompt\n", r"p\.csv: it holds no rows"),
-        ("p.csv", 'prompt,x\n"a\nb",1\n\nc\n', r"p\.csv, line 5: 1 values under 2 column names"),
-        ("p.csv", 'prompt,x\na,1\n"b\n', r"p\.csv, line 3: not CSV"),
-        ("p.csv", "prompt,x\n,1\n", r"p\.csv, line 2: field 'prompt' is an empty string"),
-        ("p.csv", "x,prompt,x\n", r"p\.csv, line 1: two columns are named 'x'"),
-        ("p.csv", "text\na\n", r"p\.csv, line 2: no field 'prompt'; its fields are 'text'"),
-        ("p.parquet", "PAR1", r"p\.parquet: not a Parquet file"),
-        ("p.txt", "a", r"p\.txt: prompts are read from \.jsonl, .*not from '\.txt'"),
+        ([], "is an empty list"),
+        (["Hello"], "is a list of str, not of chat messages"),
+        ([{"role": "user"}], "has no text under 'content' in message 1"),
+        ([{"role": None, "content": "a"}], "has no text under 'role' in message 1"),
+        ([CHAT[0], {"role": "user", "content": [{"type": "text"}]}], "has no text under 'content' in message 2"),
+        ([{"role": "system", "content": "a"}], "holds no message with the role 'user'"),
+        (CHAT[:3], "ends with a message of the assistant"),
+        ([{"role": "user", "content": ""}], "has an empty last message"),
+        ([{"role": "user", "content": "\ud83d"}], "holds, in message 1, half of a surrogate pair"),
+        ({"role": "user", "content": "a"}, "is dict, not a string or a list of chat messages"),
     ],
 )
-def test_what_is_malformed_is_named_by_file_line_and_field(name, content, message, tmp_path):
-    with pytest.raises(UserError, match=message) as caught:
-        load_prompts(write(tmp_path / name, content))
-    assert "\n" not in str(caught.value)
+def test_a_malformed_chat_is_named_by_its_line(chat, told, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(f'{{"prompt": "fine"}}\n{json.dumps({"prompt": chat})}\n')
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2: field 'prompt' " + told):
+        load_prompts(path)
+    assert len(load_prompts(path, bad=BadRows("skip"))) == 1
 
 
-def test_a_missing_value_in_parquet_is_named_by_its_row(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
-    with pytest.raises(UserError, match=r"p\.parquet, row 2: field 'prompt' is null"):
-        load_prompts(tmp_path / "p.parquet")
-
-
-def test_an_empty_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a dataset folder that can be read"):
-        load_prompts(tmp_path)
-
-
-def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
-    write(tmp_path / "reviews.jsonl", "")
-    with pytest.raises(UserError, match=r"review\.jsonl: no such file \(did you mean '.*reviews\.jsonl'"):
-        load_prompts(tmp_path / "review.jsonl")
-    for path in ("nowhere/else/p.jsonl", "p\0.jsonl", "./p", "~nobody/p", "a/b/c", "x" * 5000 + "/a/b", ""):
-        with pytest.raises(UserError):
-            load_prompts(path)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "prompt"]) | st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | json_values, "content": json_values}
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.binary(max_size=60)
-    | st.lists(
-        st.recursive(
-            st.none() | st.booleans() | st.floats() | st.text(max_size=5),
-            lambda inner: st.dictionaries(
-                st.sampled_from(["prompt", "x", ""]) | st.text(max_size=3), inner, max_size=3
-            ),
-        ),
-        max_size=4,
-    ).map(lambda rows: "\n".join(json.dumps(row) for row in rows).encode())
-    | st.lists(st.sampled_from(['{"prompt":', '"', "a", "}", "\n", ",", "\\ud800", "\r", "\x00"]), max_size=12).map(
-        lambda parts: "".join(parts).encode()
-    ),
-    st.sampled_from([".jsonl", ".csv", ".parquet"]),
-)
-def test_any_content_is_prompts_or_a_user_error_that_names_the_file(tmp_path_factory, content, suffix):
-    path = write(tmp_path_factory.getbasetemp() / f"any{suffix}", content)
+@given(st.lists(json_values | st.lists(messages, max_size=3), max_size=4), st.booleans())
+def test_any_prompt_value_loads_whole_or_is_named(tmp_path_factory, values, chat):
+    path = jsonl_of_any(tmp_path_factory.getbasetemp() / "any.jsonl", values)
+    bad = BadRows("skip")
     try:
-        prompts = load_prompts(path)
+        prompts = load_prompts(path, chat=chat, bad=bad)
     except UserError as error:
-        assert str(path) in str(error)
-    else:
-        assert len(prompts) > 0 and all(text and text.encode() for text in prompts.texts)
-        assert all(len(column) == len(prompts) for column in prompts.fields.values())
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    assert len(prompts) + len(bad.problems) == len(values)
+    for index, number in enumerate(prompts.numbers):
+        value = values[number - 1]
+        if isinstance(value, str):
+            assert prompts.texts[index] == value and prompts.chat(index) == (user_chat(value) if chat else None)
+        else:
+            assert prompts.texts[index] in [message["content"] for message in value]
+            assert [m["content"] for m in prompts.chat(index)] == [m["content"] for m in value]
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=5))
-def test_any_text_comes_back_as_it_was_written(tmp_path_factory, texts):
-    path = jsonl(tmp_path_factory.getbasetemp() / "same.jsonl", [{"prompt": text} for text in texts])
-    assert load_prompts(path).texts == texts
-
-
-# Encoding
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A real fast tokenizer of words, small enough to build here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", model_max_length=4)
-
-
-def test_ids_are_the_tokenizers_own_for_each_prompt(tokenizer):
-    ids = encode(tokenizer, made(["a b", "b", "a c b a a a"]), context=16, max_new_tokens=10)
-    assert ids == [[1, 2], [2], [1, 0, 2, 1, 1, 1]]
-
-
-def test_the_longest_prompt_that_fits_is_taken_and_the_next_refused(tokenizer):
-    prompts = made(["a", "a a a", "b b b b", "a"])
-    assert len(encode(tokenizer, prompts, context=10, max_new_tokens=6)) == 4
-    assert len(encode(tokenizer, prompts, context=None, max_new_tokens=10**9)) == 4
-    with pytest.raises(
-        UserError, match=r"made\.jsonl, line 3: a prompt of 4 tokens and max_new_tokens 7 .* context of 10"
-    ):
-        encode(tokenizer, prompts, context=10, max_new_tokens=7)
-    with pytest.raises(UserError, match=r"line 2: .*\(and 1 more\); shorten prompts to 2 tokens \(the longest has 4\)"):
-        encode(tokenizer, prompts, context=10, max_new_tokens=8)
-    with pytest.raises(UserError, match=r"rollout\.max_new_tokens: 10 leaves no room"):
-        encode(tokenizer, prompts, context=10, max_new_tokens=10)
-
-
-def test_a_prompt_without_tokens_is_named(tokenizer):
-    with pytest.raises(UserError, match=r"made\.jsonl, line 2: the tokenizer makes no token of the prompt ' '.*1 more"):
-        encode(tokenizer, made(["a", " ", "\t"]), context=10, max_new_tokens=2)
+def jsonl_of_any(path, values):
+    path.write_text("".join(json.dumps({"prompt": value}) + "\n" for value in values))
+    return path
 
 
 # The held-out split
@@ -334,6 +214,15 @@ def test_messages_name_the_rows_of_the_file_after_a_selection():
     chosen = made("abcde").select(torch.tensor([4, 1, 1]))
     assert chosen.texts == ["e", "b", "b"]
     assert chosen.where(0) == "made.jsonl, line 5" and chosen.where(2) == "made.jsonl, line 2"
+
+
+def test_chats_are_told_apart_by_all_of_their_messages():
+    again = [{"role": "user", "content": "Go on"}]
+    chats = [[{"role": "system", "content": name}, *again] for name in "aabbccdd"]
+    prompts = Prompts(["Go on"] * 8, {}, "made.jsonl", "line", list(range(1, 9)), chats)
+    training, heldout = split_heldout(prompts, 0.25, 0)
+    assert (len(training), len(heldout)) == (6, 2)
+    assert heldout.chats[0] == heldout.chats[1] and heldout.chats[0] not in training.chats
 
 
 # The sampler
@@ -393,11 +282,3 @@ def test_a_state_for_other_prompts_is_refused():
 def test_nothing_to_draw_is_the_callers_mistake(count, batch_prompts):
     with pytest.raises(ValueError, match="must be positive"):
         PromptSampler(count, batch_prompts, 0)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_a_user_error(tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", ROWS)
-    path.chmod(0)
-    with pytest.raises(UserError, match="Permission denied"):
-        load_prompts(path)

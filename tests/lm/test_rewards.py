@@ -1,20 +1,15 @@
-"""Rewards: what a function receives, how parts add up, and that no garbage passes for a number."""
+"""Rewards: what a function receives, how parts add up, and numbers for tokens and steps."""
 
 import math
-import sys
-from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lm_trust.errors import UserError
-from lm_trust.lm.rewards import RewardError, WeightedRewards, resolve_reward, vader
+from lm_trust.lm.reward_functions import vader
+from lm_trust.lm.rewards import DeferredReward, RewardError, RewardPart, WeightedRewards
 
-ROOT = Path(__file__).parents[2]
 PROMPTS, COMPLETIONS = ["The film", "The plot", "The cast"], [" was dull", "", " shone"]
 
 
@@ -24,23 +19,6 @@ def length(prompts, completions):
 
 def score(reward, prompts=PROMPTS, completions=COMPLETIONS, fields=None):
     return WeightedRewards([(reward, 1.0)]).score(prompts, completions, fields)
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Writes a module into an otherwise empty working directory, and forgets it afterwards."""
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-
-    def write(name, source):
-        path = tmp_path / f"{name.replace('.', '/')}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(source)
-
-    yield write
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
-            del sys.modules[name]
 
 
 # What a function receives
@@ -136,275 +114,161 @@ def test_a_sum_that_overflows_is_no_score():
         rewards.score(PROMPTS, COMPLETIONS)
 
 
-# VADER
+def test_a_label_of_ones_own_names_a_part():
+    rewards = WeightedRewards([RewardPart(length, label="size"), RewardPart("vader"), RewardPart(length, label="size")])
+    assert rewards.names == ["size", "vader", "size_2"]
+    with pytest.raises(RewardError, match=r"reward 'size' \(rewards\[0\]\)"):
+        WeightedRewards([RewardPart(lambda completions: None, label="size")]).score(PROMPTS, COMPLETIONS)
 
 
-def test_vader_scores_the_whole_text():
-    good, bad = vader(["A wonderful film", "A film"], [", I loved it", " so awful that I left"])
-    assert good > 0.5 > -0.3 > bad
-    assert vader(["This film is gre"], ["at"]) == vader(["This film is great"], [""]) != [0.0]
+# What the rollout knows besides
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.text(), st.text()), max_size=4))
-def test_vader_gives_any_text_a_number_in_its_range(pairs):
-    result = score("vader", [prompt for prompt, _ in pairs], [completion for _, completion in pairs])
-    assert ((result.total >= -1) & (result.total <= 1)).all()
+def test_a_function_may_take_lengths_and_ends():
+    seen = {}
+
+    def named(completion_lengths, completion_ended):
+        seen["named"] = (completion_lengths, completion_ended)
+        return [0.0] * 3
+
+    def all_of_them(prompts, completions, **fields):
+        seen["all"] = fields
+        return [0.0] * 3
+
+    rewards = WeightedRewards([(named, 1.0), (all_of_them, 1.0)])
+    rewards.check_columns(["answer"])
+    known = {"lengths": [1, 2, 3], "ended": [True, False, True]}
+    rewards.score(PROMPTS, COMPLETIONS, {"answer": list("abc")}, **known, tokens=[["x"]] * 3)
+    assert seen["named"] == ([1, 2, 3], [True, False, True])
+    assert seen["all"] == {
+        "answer": ["a", "b", "c"],
+        "completion_lengths": [1, 2, 3],
+        "completion_ended": [True, False, True],
+    }
+    with pytest.raises(ValueError, match="unequal length"):
+        rewards.score(PROMPTS, COMPLETIONS, lengths=[1, 2])
 
 
-# Names
-
-
-def test_a_dotted_path_finds_a_module_in_the_working_directory(module):
-    module(
-        "my_scores.own",
-        "from my_scores.helper import two\ndef twice(completions):\n    return [two] * len(completions)\n",
-    )
-    module("my_scores.helper", "two = 2\n")
-    path = list(sys.path)
-    for name in ("my_scores.own:twice", "my_scores.own.twice"):
-        assert score(name).total.tolist() == [2.0, 2.0, 2.0]
-        assert WeightedRewards([(name, 1.0)]).names == ["twice"]
-    assert sys.path == path
-
-
-def test_the_example_runs_by_the_path_that_it_gives(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert score("examples.custom_reward:brevity").total.tolist() == [1 / 3, 1.0, 0.5]
-
-
+@pytest.mark.parametrize("level", ["sequence", "token", "step"])
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("column", "of"),
     [
-        ("vadr", "no built-in reward 'vadr' \\(did you mean 'vader'\\?\\); built-in: vader; a function"),
-        ("", "no built-in reward ''"),
-        ("broken:", "no built-in reward"),
-        ("no_such_module_here:f", "importing 'no_such_module_here'.*ModuleNotFoundError"),
-        ("broken:f", "importing 'broken'.*ZeroDivisionError"),
-        ("wrong:f", "importing 'wrong'.*SyntaxError"),
-        ("leaves:f", "importing 'leaves'.*SystemExit"),
-        ("whole:lenght", "no function 'lenght' \\(did you mean 'length'"),
-        ("whole:length.more", "no function 'length.more'"),
-        ("whole.number", "'whole.number' is 3, not callable"),
-        (".whole:length", "importing '.whole'"),
-        ("a..b:length", "importing 'a..b'"),
+        ("completions", {"sequence", "token", "step"}),
+        ("completion_lengths", {"sequence", "token", "step"}),
+        ("completion_ended", {"sequence", "token", "step"}),
+        ("completion_tokens", {"token"}),
+        ("steps", {"step"}),
     ],
 )
-def test_a_wrong_name_is_one_line_that_names_the_key(module, name, message):
-    module("broken", "1 / 0\n")
-    module("wrong", "def f(:\n")
-    module("leaves", "raise SystemExit(3)\n")
-    module("whole", "number = 3\ndef length(completions):\n    return completions\n")
-    path = list(sys.path)
-    with pytest.raises(UserError, match=message) as caught:
-        resolve_reward(name, key="rewards[4].name")
-    assert str(caught.value).startswith("rewards[4].name: ") and "\n" not in str(caught.value)
-    assert sys.path == path
-
-
-def test_the_key_of_a_wrong_name_counts_from_the_list():
-    with pytest.raises(UserError, match=r"^rewards\[1\]\.name: "):
-        WeightedRewards([("vader", 1.0), ("nothing", 1.0)])
-
-
-# What a reward may return
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        [1, 0, True],
-        (1.0, Fraction(0), np.float32(1)),
-        [torch.tensor(1.0), np.array(0), np.bool_(True)],
-        np.array([1, 0, 1], dtype=np.int8),
-        np.array([1, 0, 1], dtype=np.float16),
-        np.array([True, False, True]),
-        np.array([1, 0.0, True], dtype=object),
-        torch.tensor([1, 0, 1]),
-        torch.tensor([1, 0, 1], dtype=torch.bfloat16),
-        torch.tensor([1.0, 0.0, 1.0], requires_grad=True) * 1,
-        torch.tensor([True, False, True]),
-    ],
-    ids=lambda values: type(values).__name__,
-)
-def test_every_usual_container_of_numbers_is_taken(values):
-    total = score(lambda completions: values).total
-    assert total.tolist() == [1.0, 0.0, 1.0] and total.dtype == torch.float64 and not total.requires_grad
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_scores_may_lie_on_another_device():
-    total = score(lambda completions: torch.tensor([1.0, 0.0, 1.0], device="cuda")).total
-    assert total.tolist() == [1.0, 0.0, 1.0] and total.device.type == "cpu"
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        None,
-        1.0,
-        "123",
-        b"123",
-        {1.0, 2.0, 3.0},
-        {0: 1.0, 1: 1.0, 2: 1.0},
-        iter([1.0, 2.0, 3.0]),
-        torch.tensor(1.0),
-        torch.ones(3, 1),
-        torch.ones(3, device="meta"),
-        np.float64(1.0),
-        np.ones((3, 1)),
-        np.array(1.0),
-        np.array(["a", "b", "c"]),
-        np.array([1, 2, 3], dtype="datetime64[ns]"),
-        np.array([1 + 0j, 0, 1]),
-    ],
-    ids=repr,
-)
-def test_what_is_no_list_of_numbers_is_refused(values):
-    with pytest.raises(RewardError, match=r"reward '<lambda>' \(rewards\[0\]\) returned .*list of 3 numbers"):
-        score(lambda completions: values)
-
-
-@pytest.mark.parametrize("count", [0, 2, 4])
-@pytest.mark.parametrize("make", [lambda count: [1.0] * count, torch.ones, np.ones], ids=["list", "torch", "numpy"])
-def test_a_wrong_count_is_refused(count, make):
-    with pytest.raises(RewardError, match=f"returned {count} scores for 3 completions"):
-        score(lambda completions: make(count))
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        math.nan,
-        math.inf,
-        -math.inf,
-        None,
-        "1.0",
-        1 + 0j,
-        [1.0],
-        torch.ones(1),
-        10**400,
-        torch.tensor(math.nan),
-        np.inf,
-    ],
-    ids=repr,
-)
-def test_what_is_no_finite_number_names_the_reward_and_the_first_such_sample(value):
-    with pytest.raises(RewardError, match=r"reward 'broken' \(rewards\[1\]\) returned .* for sample 1") as caught:
-
-        def broken(prompts, completions):
-            return [0.0, value, value]
-
-        WeightedRewards([(length, 1.0), (broken, 1.0)]).score(PROMPTS, COMPLETIONS)
-    message = str(caught.value)
-    assert "prompt 'The plot', completion ''" in message and "one finite number" in message and "\n" not in message
-
-
-def test_a_tensor_with_a_nan_names_the_sample_too():
-    with pytest.raises(RewardError, match="returned nan for sample 2"):
-        score(lambda completions: torch.tensor([0.0, 1.0, math.nan]))
-
-
-def test_a_long_text_is_shortened_in_the_message():
-    with pytest.raises(RewardError) as caught:
-        score(lambda completions: [math.nan], ["a " * 5000], ["b\n" * 5000])
-    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", range(5))
-@pytest.mark.parametrize("alone", [True, False])
-def test_the_sample_on_which_a_reward_raises_is_found(bad, alone):
-    calls = []
-
-    def fragile(completions):
-        calls.append(len(completions))
-        marked = [completion for completion in completions if completion in ("bad", *(["worse"] if not alone else []))]
-        if marked:
-            raise ZeroDivisionError("float\ndivision")
-        return [0.0] * len(completions)
-
-    completions = [f"c{index}" for index in range(5)]
-    completions[bad] = "bad"
-    if bad < 4:
-        completions[4] = "worse"
-    with pytest.raises(RewardError, match=f"sample {bad}: prompt 'p{bad}', completion 'bad'") as caught:
-        score(fragile, [f"p{index}" for index in range(5)], completions)
-    assert "raised ZeroDivisionError: float division" in str(caught.value)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    assert len(calls) <= 5 and sum(calls[1:]) <= 7
-
-
-def test_a_reward_that_fails_only_on_the_batch_names_no_sample():
-    def only_alone(completions):
-        if len(completions) > 1:
-            raise MemoryError
-        return [0.0]
-
-    with pytest.raises(RewardError, match="raised MemoryError on a batch of 3 samples"):
-        score(only_alone)
-    with pytest.raises(RewardError, match="batch of 0 samples"):
-        score(lambda completions: completions[0], [], [])
-
-
-def test_an_interrupt_is_no_failure_of_the_reward():
-    def interrupted(completions):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        score(interrupted)
-
-
-class Hostile:
-    def __repr__(self):
-        raise RuntimeError("no repr")
-
-    def __float__(self):
-        raise RuntimeError("no float")
-
-
-NUMBERS = st.floats(-1e30, 1e30) | st.integers(-(10**9), 10**9) | st.booleans()
-GARBAGE = st.one_of(
-    st.none(),
-    st.text(),
-    st.binary(),
-    st.floats(),
-    st.integers(),
-    st.complex_numbers(),
-    st.dates(),
-    st.fractions(),
-    st.decimals(),
-    st.just(Hostile()),
-    st.just(object),
-    st.lists(st.floats(), max_size=2),
-    st.floats().map(torch.tensor),
-    st.floats().map(np.array),
-)
-RETURNED = st.one_of(
-    GARBAGE,
-    st.lists(NUMBERS, min_size=3, max_size=3),
-    st.lists(NUMBERS | GARBAGE, max_size=4),
-    st.lists(GARBAGE, max_size=4).map(tuple),
-    st.lists(st.floats(), max_size=4).map(np.array),
-    st.lists(st.floats(), max_size=4).map(torch.tensor),
-    st.dictionaries(st.text(), GARBAGE, max_size=3),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(RETURNED)
-def test_anything_returned_is_three_finite_numbers_or_a_reward_error(returned):
-    try:
-        result = score(lambda completions: returned)
-    except RewardError as error:
-        assert "'<lambda>' (rewards[0])" in str(error) and len(str(error).splitlines()) == 1
+def test_names_that_a_level_gives_are_taken(level, column, of):
+    scope = {}
+    exec(f"def takes({column}): pass", scope)
+    rewards = WeightedRewards([RewardPart(scope["takes"], level=level)])
+    if level in of:
+        rewards.check_columns(["answer"])
+        with pytest.raises(UserError, match=f"column '{column}'.*rename"):
+            rewards.check_columns([column])
     else:
-        assert result.total.shape == (3,) and result.total.isfinite().all()
-        expected = [float(value) for value in returned]
-        assert result.total.tolist() == expected
+        rewards.check_columns([column])
+        with pytest.raises(UserError, match=f"takes '{column}', which is neither 'prompts'"):
+            rewards.check_columns(["answer"])
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(NUMBERS, min_size=3, max_size=3))
-def test_numbers_come_back_as_they_were(values):
-    assert score(lambda completions: values).total.tolist() == [float(value) for value in values]
+# Numbers for tokens and steps
+
+
+TOKENS = [[" was", " dull"], [""], [" sh", "one", ""]]
+
+
+def test_a_token_level_function_gives_each_token_a_number():
+    def letters(completion_tokens, completions):
+        assert completions == COMPLETIONS
+        numbers = [[float(len(token)) for token in tokens] for tokens in completion_tokens]
+        completion_tokens[0].clear()
+        return numbers
+
+    rewards = WeightedRewards([RewardPart(letters, -0.5, level="token"), (length, 1.0)])
+    found = rewards.score(PROMPTS, COMPLETIONS, tokens=TOKENS)
+    assert found.pieces == {"letters": [[4.0, 5.0], [0.0], [3.0, 3.0, 0.0]]}
+    assert found.parts["letters"].tolist() == [9.0, 0.0, 6.0]
+    assert found.total.tolist() == [4.5, 0.0, 3.0]
+    assert TOKENS[0] == [" was", " dull"]
+    with pytest.raises(ValueError, match="level token need"):
+        rewards.score(PROMPTS, COMPLETIONS)
+
+
+def test_a_step_level_function_gives_each_step_a_number():
+    seen = []
+
+    def lines(steps):
+        seen.append(steps)
+        return [np.arange(1.0, 1 + len(each)) for each in steps]
+
+    rewards = WeightedRewards([RewardPart(lines, 2.0, level="step", step_delimiter=";")])
+    found = rewards.score(PROMPTS, ["one; two;three", "", ";;"])
+    assert seen == [[["one;", " two;", "three"], [], []]]
+    assert found.pieces == {"lines": [[1.0, 2.0, 3.0], [], []]}
+    assert found.total.tolist() == [12.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([[1, 2], [3], [4, 5]], "returned 2 numbers for the 3 tokens of sample 2: prompt 'The cast'"),
+        ([[1, 2], [], [4, 5, 6]], "returned 0 numbers for the 1 tokens of sample 1: prompt 'The plot'"),
+        ([[1, 2], 3.0, [4, 5, 6]], "returned 3.0 for sample 1: .*a list with one finite number for each token"),
+        ([[1, 2], None, [4, 5, 6]], "returned None for sample 1"),
+        ([[1, math.nan], [3], [4, 5, 6]], "returned nan for token 1 of sample 0"),
+        ([[1, 2], [3], [4, "5", 6]], r"returned '5' \(a str\) for token 1 of sample 2"),
+        ([[1, 2], [3], [1e308, 1e308, 0]], "overflows for sample 2"),
+    ],
+)
+def test_wrong_numbers_for_tokens_name_the_sample(numbers, message, parallel):
+    def given(completions, completion_tokens):
+        return [numbers[COMPLETIONS.index(completion)] for completion in completions]
+
+    rewards = WeightedRewards([RewardPart(given, level="token", parallel=parallel)])
+    with pytest.raises(RewardError, match=message) as caught:
+        rewards.score(PROMPTS, COMPLETIONS, tokens=TOKENS)
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_are_asked_by_when_they_pay():
+    asked = []
+
+    def part(name, **settings):
+        def function(completions, **fields):
+            asked.append(name)
+            return [[0.0]] if "level" in settings else [1.0]
+
+        return RewardPart(function, label=name, **settings)
+
+    rewards = WeightedRewards(
+        [part("end"), part("change", dense=True), part("token", level="token"), part("step", level="step")]
+    )
+    for pays in (["end"], ["change"], ["token", "step"], ["end", "change", "token", "step"]):
+        asked.clear()
+        found = rewards.score(["p"], ["c"], tokens=[["c"]], pays=pays)
+        assert asked == list(found.parts) == pays
+        assert rewards.pays_by(*pays)
+    assert not WeightedRewards([part("end")]).pays_by("change", "token", "step")
+
+
+# Rewards that are costly to make
+
+
+def test_a_deferred_reward_is_made_once_and_not_before_it_is_wanted():
+    made = []
+
+    def make():
+        made.append("made")
+        return length
+
+    rewards = WeightedRewards([RewardPart(DeferredReward(make), 0.5, label="size")])
+    rewards.check_columns(["answer"])
+    assert made == []
+    rewards.load()
+    assert rewards.score(PROMPTS, COMPLETIONS, {"answer": [1, 2, 3]}).total.tolist() == [4.5, 0.0, 3.0]
+    rewards.load()
+    assert made == ["made"]

@@ -5,7 +5,8 @@ import torch
 
 from lm_trust.core.batch import Batch
 from lm_trust.lm.generation import eos_ids
-from lm_trust.lm.rewards import RewardError
+from lm_trust.lm.reward_scaling import RewardScaler
+from lm_trust.lm.rewards import RewardError, RewardPart
 from lm_trust.lm.value_head import ValueHead
 from lm_trust.training.config_learning import Gae
 from lm_trust.training.critic import NoCritic, ValueCritic
@@ -49,6 +50,7 @@ def test_a_rollout_holds_what_was_sampled_and_paid(make_policy, tokenizer, lm):
     assert 0 < sum(ended) < len(ended)
     assert rollout.metrics == {
         "reward_mean": pytest.approx(sum(expected) / 8),
+        "reward/letters": pytest.approx(sum(expected) / 8),
         "completion_length": sum(map(len, completions)) / 8,
         "truncated_fraction": 1 - sum(ended) / 8,
     }
@@ -261,3 +263,100 @@ def test_no_critic_is_no_value(make_policy, tokenizer, lm):
     values, next_values = NoCritic().values(rollout)
     assert not values.any()
     assert values.shape == next_values.shape == rollout.rewards.shape
+
+
+# Scaling
+
+
+def scaled_task(tokenizer, lm, by, clip=None, **settings):
+    parts = [(lm.letters, 1.0), RewardPart("length", 0.2, dense=True)]
+    return lm.task(tokenizer, rewards=parts, batch_size=8, scaling=RewardScaler(by, clip), **settings)
+
+
+@pytest.mark.parametrize("by", ["none", "running", "reference", "whiten"])
+def test_the_learner_sees_scaled_rewards_and_the_metrics_do_not(make_policy, tokenizer, lm, by):
+    policy = make_policy()
+    plain, scaled = (scaled_task(tokenizer, lm, rule) for rule in ("none", by))
+    totals = []
+    for _ in range(3):
+        expected, found = plain.collect(policy), scaled.collect(policy)
+        assert torch.equal(found.actions, expected.actions)  # the same streams, whatever the scaling draws
+        assert {key: found.metrics[key] for key in expected.metrics} == expected.metrics
+        assert found.samples == expected.samples
+        assert scaled.steps == plain.steps
+        seen = expected.rewards.double().sum(-1)
+        totals.append(seen)
+        past = torch.cat(totals)
+        if by == "reference":
+            mean, sd = found.metrics["reward_scaling/mean"], found.metrics["reward_scaling/sd"]
+        else:
+            mean, sd = {"none": (0, 1), "running": (past.mean(), past.std()), "whiten": (seen.mean(), seen.std())}[by]
+        kept = seen.mean() if by == "whiten" else 0
+        torch.testing.assert_close(found.rewards.double().sum(-1), (seen - mean) / sd + kept, rtol=1e-4, atol=1e-4)
+        # All but the last token's: the factor alone.
+        inner = found.mask & ~(found.terminated | found.truncated)
+        torch.testing.assert_close(found.rewards[inner], expected.rewards[inner] / float(sd), rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_moments_are_the_starting_policys(make_policy, tokenizer, lm):
+    """Of its first batch, whatever the policy has become when it is measured; and measured once."""
+    moments = set()
+    for moved in (False, True):
+        policy, task = make_policy(moved=moved), scaled_task(tokenizer, lm, "reference")
+        for _ in range(2):
+            metrics = task.collect(policy).metrics
+            moments.add((metrics["reward_scaling/mean"], metrics["reward_scaling/sd"]))
+            lm.move(policy, seed=9)
+    assert len(moments) == 1
+
+
+def test_the_reference_moments_are_of_a_batch_of_training_prompts(make_policy, tokenizer, lm):
+    batches = []
+
+    def noted(bonus):
+        batches.append(bonus)
+        return bonus
+
+    task = lm.task(tokenizer, rewards=[(noted, 1.0)], batch_size=6, scaling=RewardScaler("reference"))
+    metrics = task.collect(make_policy()).metrics
+    assert [len(batch) for batch in batches] == [6, 6]
+    assert sorted(set(batches[0])) == [0.0, 0.5, 1.0, 1.5]  # each of the four before any comes again
+    moments = torch.tensor(batches[0], dtype=torch.float64)
+    assert metrics["reward_scaling/mean"] == pytest.approx(moments.mean().item())
+    assert metrics["reward_scaling/sd"] == pytest.approx(moments.std().item())
+
+
+@pytest.mark.parametrize("by", ["running", "reference", "whiten"])
+def test_scaling_is_restored_with_the_task(make_policy, tokenizer, lm, by):
+    policy, task = make_policy(), scaled_task(tokenizer, lm, by, clip=1.0)
+    task.collect(policy)
+    state = task.state_dict()
+    lm.move(policy, seed=3)
+    expected = [task.collect(policy) for _ in range(2)]
+    other = scaled_task(tokenizer, lm, by, clip=1.0)
+    other.load_state_dict(state)
+    for rollout in expected:
+        again = other.collect(policy)
+        same_rollouts(again, rollout)
+        assert again.metrics == rollout.metrics
+
+
+def test_the_limit_penalty_is_not_scaled(make_policy, tokenizer, lm):
+    policy = make_policy()
+    plain, penalised = (
+        scaled_task(tokenizer, lm, "running", 0.5, at_limit=rule, limit_penalty=penalty)
+        for rule, penalty in (("terminate", 0.0), ("penalise", 7.0))
+    )
+    expected, found = plain.collect(policy), penalised.collect(policy)
+    cut = torch.tensor(expected.samples["ended"]).logical_not()
+    assert cut.any() and not cut.all()
+    assert expected.rewards.sum(-1).abs().max() <= 0.5 + 1e-5
+    torch.testing.assert_close(found.rewards.sum(-1), expected.rewards.sum(-1) - 7.0 * cut)
+
+
+def test_a_cut_text_that_waits_for_its_value_is_not_shifted(make_policy, tokenizer, lm):
+    rollout = scaled_task(tokenizer, lm, "running", at_limit="bootstrap").collect(make_policy())
+    cut = rollout.truncated.any(-1)
+    assert cut.any()
+    paid = rollout.rewards[cut]
+    torch.testing.assert_close(paid, torch.full_like(paid, 0.2 / rollout.metrics["reward_scaling/sd"]))

@@ -9,6 +9,8 @@ from gymnasium.utils.env_checker import check_env
 
 from lm_trust.lm.generation import eos_ids
 from lm_trust.lm.policy import TokenObservations
+from lm_trust.lm.reward_scaling import RewardScaler
+from lm_trust.lm.rewards import RewardPart
 from lm_trust.lm.token_env import TokenEnv
 
 SETTINGS = [
@@ -78,12 +80,51 @@ def closeness(prompts, completions, **_):
     return [0.3 + 0.05 * len(completion) ** 1.5 for completion in completions]
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["at the end", "dense"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings["at_limit"])
-def test_stepping_by_hand_gives_the_batched_rollout(make_policy, tokenizer, environment, lm, settings, dense):
+def lengths_and_places(completion_tokens, **_):
+    """A number a token, from that token and its place."""
+    return [[0.1 * len(token) + 0.01 * place for place, token in enumerate(tokens)] for tokens in completion_tokens]
+
+
+def step_sizes(steps, **_):
+    """A number a step, from that step and its place."""
+    return [[0.3 * len(step) - place for place, step in enumerate(each)] for each in steps]
+
+
+# " " ends a step: the tiny tokenizer writes one between words.
+PARTS = {
+    "at the end": [],
+    "dense": [(closeness, -0.5, True)],
+    "token": [RewardPart(lengths_and_places, 0.7, level="token")],
+    "step": [RewardPart(step_sizes, 1.3, level="step", step_delimiter=" ")],
+    "all": [
+        (closeness, -0.5, True),
+        RewardPart("length", 0.1, dense=True),
+        RewardPart("missing_eos", 0.4),
+        RewardPart(lengths_and_places, 0.7, level="token", parallel=2),
+        RewardPart(step_sizes, 1.3, level="step", step_delimiter=" ", timeout=30.0),
+    ],
+}
+
+
+SCALINGS = {"unscaled": ("none", None), "running": ("running", None), "reference": ("reference", 0.8)}
+SCALINGS["whitened"] = ("whiten", 1.5)
+CASES = [
+    *(("terminate", parts, "unscaled") for parts in PARTS),
+    *(("penalise", "all", "reference"), ("bootstrap", "all", "unscaled")),
+    *(("bootstrap", "all", "running"), ("terminate", "all", "whitened")),
+]
+
+
+@pytest.mark.parametrize(("at_limit", "parts", "scaling"), CASES)
+def test_stepping_by_hand_gives_the_batched_rollout(make_policy, tokenizer, environment, lm, at_limit, parts, scaling):
     policy = make_policy(temperature=1.5)
-    rewards = [(lm.letters, 1.0)] + ([(closeness, -0.5, True)] if dense else [])
-    task = lm.task(tokenizer, rewards=rewards, batch_size=12, **settings)
+    task = lm.task(
+        tokenizer,
+        rewards=[(lm.letters, 1.0), *PARTS[parts]],
+        batch_size=8,
+        scaling=RewardScaler(*SCALINGS[scaling]),
+        **next(settings for settings in SETTINGS if settings["at_limit"] == at_limit),
+    )
     rollout = task.collect(policy)
     assert rollout.terminated.any()
     assert (rollout.mask.sum(-1) == task.max_new_tokens).any()

@@ -5,11 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lm_trust.core import Categorical, gae, trust_region_step
 from lm_trust.core.parameters import flatten, trainable_parameters
+from lm_trust.lm.completion_texts import CompletionTexts
+from lm_trust.lm.generation import Completions
 from lm_trust.lm.policy import TokenObservations
-from lm_trust.lm.token_mdp import token_rewards
+from lm_trust.lm.prompts import Prompts
+from lm_trust.lm.rewards import RewardPart, WeightedRewards
+from lm_trust.lm.token_mdp import payments, token_rewards
 from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
 # Four completions of at most 3 tokens: cut, ended in the middle, ended at once, ended at the last permitted token.
@@ -18,8 +23,9 @@ SCORES = torch.tensor([1.0, -2.0, 3.0, 4.0])
 LAST = [[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 1]]
 
 
-def place(at_limit, **settings):
-    return token_rewards(SCORES, LENGTHS, ENDED, steps=3, at_limit=at_limit, **settings)
+def place(at_limit, per_token=None, **settings):
+    per_token = torch.zeros(4, 3) if per_token is None else per_token
+    return token_rewards(SCORES, LENGTHS, ENDED, per_token=per_token, at_limit=at_limit, **settings)
 
 
 def test_a_score_lands_on_the_last_generated_token():
@@ -43,20 +49,108 @@ def test_a_cut_text_can_wait_for_its_value():
     assert found.truncated.int().tolist() == [LAST[0], [0] * 3, [0] * 3, [0] * 3]
 
 
-# The dense part of each score after 0, 1, 2, 3 tokens; 99 stands after the end and counts nowhere.
-DENSE = torch.tensor([[0.0, 1, -1, 5], [2, 2, 3, 99], [1, 0, 99, 99], [0, 0, 0, 1]])
+# Paid while the texts are written, 0 behind their ends.
+PER_TOKEN = torch.tensor([[1.0, -2, 6], [0, 1, 0], [-1, 0, 0], [0, 0, 1]])
 
 
 @pytest.mark.parametrize(
     ("at_limit", "cut_row"),
-    # The score less its dense part, 1 - 5, is paid at the end, unless the text is unfinished.
-    [("terminate", [1, -2, 6 - 4]), ("penalise", [1, -2, 6 - 4 - 0.5]), ("bootstrap", [1, -2, 6])],
+    # What the finished text is paid comes on top at the end, unless the text is unfinished.
+    [("terminate", [1, -2, 6 + 1]), ("penalise", [1, -2, 6 + 1 - 0.5]), ("bootstrap", [1, -2, 6])],
 )
-def test_a_dense_score_is_paid_token_by_token(at_limit, cut_row):
-    found = place(at_limit, limit_penalty=0.5, dense_scores=DENSE)
-    assert found.rewards.tolist() == [cut_row, [0, 1 - 5, 0], [-1 + 3, 0, 0], [0, 0, 1 + 3]]
-    # What an ended completion is paid in all is its score less the bare prompt's.
-    assert found.rewards.sum(-1)[1:].tolist() == (SCORES - DENSE[:, 0])[1:].tolist()
+def test_what_is_paid_token_by_token_stays_where_it_is(at_limit, cut_row):
+    found = place(at_limit, PER_TOKEN, limit_penalty=0.5)
+    assert found.rewards.tolist() == [cut_row, [0, 1 - 2, 0], [-1 + 3, 0, 0], [0, 0, 1 + 4]]
+
+
+# What parts of rewards are paid for a text, and when
+
+
+class Decoder:
+    """A tokenizer whose tokens are single letters, 1 for a; 0 is special and 27 a new line."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(" abcdefghijklmnopqrstuvwxyz\n"[token] for token in row if token) for row in rows]
+
+
+def written(*rows, ended):
+    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    prompts = Prompts([f"p{row}" for row in range(len(rows))], {"worth": [1.0, 2.0, 4.0]}, "here", "line", [1, 2, 3])
+    observations = TokenObservations(tokens, torch.ones_like(tokens, dtype=torch.bool), 0)
+    return CompletionTexts(Decoder(), prompts, Completions(observations, tokens, lengths, torch.tensor(ended)))
+
+
+def paid(texts, *parts):
+    rewards = WeightedRewards(parts)
+    known = {"lengths": texts.lengths, "ended": texts.ended, "tokens": texts.tokens}
+    scores = rewards.score(texts.prompts.texts, texts.texts, texts.prompts.fields, **known)
+    found = payments(rewards, scores, texts)
+    return found.final.tolist(), found.per_token.tolist(), found.totals.tolist(), scores.total.tolist()
+
+
+# "ab\nc" and an end, "\n" and an end, and "a\nb\n\n" cut by the limit
+TEXTS = ([1, 2, 27, 3, 0], [27, 0], [1, 27, 2, 27, 27])
+ENDS = [True, True, False]
+
+
+def test_texts_by_their_tokens():
+    texts = written(*TEXTS, ended=ENDS)
+    assert texts.texts == ["ab\nc", "\n", "a\nb\n\n"]
+    assert texts.beginnings[0] == ["", "a", "ab", "ab\n", "ab\nc", "ab\nc"]
+    assert texts.tokens == [["a", "b", "\n", "c", ""], ["\n", ""], ["a", "\n", "b", "\n", "\n"]]
+
+
+def test_a_score_of_the_text_is_paid_at_its_end():
+    final, per_token, totals, scores = paid(written(*TEXTS, ended=ENDS), RewardPart("length", 0.5))
+    assert final == totals == scores == [2.5, 1.0, 2.5]
+    assert not any(map(any, per_token))
+
+
+def test_a_dense_score_is_paid_by_its_changes():
+    def worthy(completions, worth, completion_lengths, completion_ended):
+        columns = zip(completions, worth, completion_lengths, completion_ended, strict=True)
+        return [7 + worth * text.count("\n") + 10 * length + 100 * ended for text, worth, length, ended in columns]
+
+    final, per_token, totals, scores = paid(written(*TEXTS, ended=ENDS), RewardPart(worthy, 2.0, dense=True))
+    assert final == [0, 0, 0]
+    assert per_token == [[20, 20, 22, 20, 220], [24, 220, 0, 0, 0], [20, 28, 20, 28, 28]]
+    # In all the score less the bare prompt's.
+    assert totals == [score - 2.0 * 7 for score in scores]
+
+
+def test_a_token_level_reward_is_paid_at_each_token():
+    def ranks(completion_tokens):
+        return [range_of(len(tokens)) for tokens in completion_tokens]
+
+    def range_of(count):
+        return [float(place + 1) for place in range(count)]
+
+    final, per_token, totals, scores = paid(written(*TEXTS, ended=ENDS), RewardPart(ranks, -1.0, level="token"))
+    assert final == [0, 0, 0]
+    assert per_token == [[-1, -2, -3, -4, -5], [-1, -2, 0, 0, 0], [-1, -2, -3, -4, -5]]
+    assert totals == scores == [-15, -3, -15]
+
+
+def test_a_step_level_reward_is_paid_where_the_step_is_complete():
+    def sizes(steps):
+        return [[10.0 * len(step) + place for place, step in enumerate(each)] for each in steps]
+
+    final, per_token, totals, scores = paid(written(*TEXTS, ended=ENDS), RewardPart(sizes, 2.0, level="step"))
+    # "ab\n" is complete at its delimiter, "c" when the text is; "\n" alone is no step.
+    assert final == [2 * 11, 0, 0]
+    assert per_token == [[0, 0, 2 * 30, 0, 0], [0] * 5, [0, 2 * 20, 0, 2 * 21, 0]]
+    assert totals == scores == [82, 0, 82]
+
+
+def test_parts_are_paid_side_by_side():
+    parts = [RewardPart("length"), RewardPart("length", 3.0, dense=True)]
+    parts.append(RewardPart(lambda steps: [[5.0] * len(each) for each in steps], level="step"))
+    final, per_token, totals, scores = paid(written(*TEXTS, ended=ENDS), *parts)
+    assert final == [5 + 5, 2, 5]
+    assert per_token == [[3, 3, 8, 3, 3], [3, 3, 0, 0, 0], [3, 8, 3, 8, 3]]
+    assert totals == scores
 
 
 @pytest.mark.parametrize("at_limit", ["terminate", "penalise", "bootstrap"])

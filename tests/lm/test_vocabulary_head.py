@@ -156,13 +156,94 @@ def test_the_graph_cannot_be_differentiated_twice_by_mistake(head):
         torch.autograd.grad(own.entropy().sum(), hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("trained", ["weight", "bias"])
-def test_a_trainable_head_is_refused(trained):
-    weight, bias = nn.Parameter(normal(0, V, H)), nn.Parameter(normal(1, V))
-    weight.requires_grad_(trained == "weight")
-    bias.requires_grad_(trained == "bias")
-    with pytest.raises(ValueError, match="the vocabulary head is trainable"):
-        VocabularyCategorical(normal(2, B, T, H), weight, bias)
+# Where the head is trained as well.
+
+
+@pytest.fixture
+def trained_head():
+    return nn.Parameter(normal(0, V, H)), nn.Parameter(normal(1, V))
+
+
+OTHERS = {
+    "trained": lambda head: both(states(4), head),
+    "a frozen reference": lambda head: both(normal(4, B, T, H), (normal(7, V, H), None)),
+    "a snapshot": lambda head: [own.detach() for own in both(normal(4, B, T, H), head)],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+@pytest.mark.parametrize("order", ["to the other", "from the other"])
+@pytest.mark.parametrize("trained", ["both", "weight", "bias"])
+def test_a_trained_head_has_the_plain_gradients(chunk, trained_head, other, order, trained):
+    weight, bias = trained_head
+    weight.requires_grad_(trained != "bias")
+    bias.requires_grad_(trained != "weight")
+    hidden, upstream = states(2), normal(3, B, T)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor.requires_grad]
+    (own, plain), (fixed, plain_fixed) = both(hidden, trained_head), other(trained_head)
+
+    def objective(one, two):
+        divergence = one.kl(two) if order == "to the other" else two.kl(one)
+        return ((divergence + one.entropy() + one.log_prob(tokens())) * upstream).sum()
+
+    found, expected = (torch.autograd.grad(objective(*pair), inputs) for pair in ((own, fixed), (plain, plain_fixed)))
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-11)
+        assert two.abs().max() > 0.1
+
+
+def test_a_trained_heads_second_derivative_is_exact(chunk, trained_head):
+    hidden = states(2)
+    found, expected = [], []
+    for own, rows in zip(both(hidden, trained_head), (found, expected), strict=True):
+        gradient = torch.autograd.grad(own.entropy().square().sum(), [hidden, *trained_head], create_graph=True)
+        rows += torch.autograd.grad(sum(part.square().sum() for part in gradient), [hidden, *trained_head])
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+def test_a_trained_heads_metric_is_that_of_the_logits(chunk, trained_head):
+    chunked, plain = both(states(2), trained_head)
+    (logits,) = chunked.parameters
+    torch.testing.assert_close(logits, plain.logits, rtol=0, atol=1e-12)
+    assert [each.requires_grad for each in (logits, *chunked.detach().parameters)] == [True, False]
+    tangent = normal(5, B, T, V)
+    for own in (chunked, chunked.detach(), chunked[:], chunked.detach()[:]):
+        torch.testing.assert_close(own.fisher_product(tangent), plain.fisher_product(tangent), rtol=0, atol=1e-12)
+
+
+def test_a_snapshot_does_not_move_with_a_trained_head(trained_head):
+    weight, bias = trained_head
+    own, _ = both(states(2), trained_head)
+    optimizer = torch.optim.Adam(trained_head, lr=0.1, fused=True)  # moves parameters without counting a version
+    snapshots, values = [], []
+    for _ in range(3):
+        snapshots.append(own.detach())
+        values.append(snapshots[-1].entropy())
+        weight.grad, bias.grad = torch.ones_like(weight), -bias.detach()
+        optimizer.step()
+    for snapshot, value in zip(snapshots, values, strict=True):
+        assert torch.equal(snapshot.entropy(), value)
+        assert not snapshot.entropy().requires_grad
+    assert not torch.allclose(values[0], values[1])
+
+
+def test_snapshots_of_one_batch_share_one_copy_of_the_head(trained_head):
+    own, _ = both(states(2), trained_head)
+    first, second = own[:1].detach(), own[1:].detach()
+    assert first._weight.data_ptr() == second._weight.data_ptr() != trained_head[0].data_ptr()
+
+
+def test_a_trained_head_holds_no_more_logits_than_a_chunk(monkeypatch):
+    vocabulary, count = 512, 64
+    weight, hidden = nn.Parameter(normal(0, vocabulary, H)), normal(1, 1, count, H).requires_grad_()
+    monkeypatch.setattr(vocabulary_head, "CHUNK_ELEMENTS", 4 * vocabulary)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        entropy = VocabularyCategorical(hidden, weight).entropy()
+    assert max(kept, default=0) <= vocabulary * H
+    entropy.sum().backward()
+    assert weight.grad.abs().max() > 0
 
 
 ROWS = {

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lm_trust.errors import UserError
-from lm_trust.training.config import BUILTIN_REWARDS, ControlConfig, LanguageConfig
+from lm_trust.training.config import ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import keys_of, variants
 from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.config_help import key_listing
+from lm_trust.training.config_rewards import BUILTIN_REWARDS
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
+BARE = "vader, length, missing_eos, exact_match"
 LANGUAGE = """\
 iterations: 3
 model: {path: gpt2}
@@ -131,8 +133,8 @@ def test_every_key_is_listed_with_its_meaning(root):
 def test_names_agree_with_the_modules_that_they_name():
     from lm_trust.core.fisher import METHODS
     from lm_trust.core.trust_region import trust_region_step
-    from lm_trust.lm.loading import SMOLLM2
-    from lm_trust.lm.rewards import BUILT_IN
+    from lm_trust.lm.pretrained import SMOLLM2
+    from lm_trust.lm.reward_functions import BUILT_IN
     from lm_trust.training.config_file import BUNDLED_MODEL
     from lm_trust.training.config_learning import Trpo
 
@@ -353,15 +355,21 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
         (
             "update.kind",
             "tpro",
-            "update.kind: unknown kind 'tpro'; one of trpo, ppo_clip, ppo_penalty; did you mean trpo?",
+            "update.kind: unknown kind 'tpro'; one of trpo, ppo_clip, ppo_penalty, ppo_trust, natural_gradient, "
+            "reinforce, trpo_penalty, projection, divergence_mask; did you mean trpo?",
         ),
         (
             "trackers",
             "[tensorbord]",
             "trackers.0: must be one of tensorboard, wandb, trackio, got 'tensorbord'; did you mean tensorboard?",
         ),
-        ("update.kind", "null", "update.kind: required but not given: one of trpo, ppo_clip, ppo_penalty"),
-        ("critic.kind", "mlp", "critic.kind: mlp is for control runs; here: reference_head, none"),
+        (
+            "update.kind",
+            "null",
+            "update.kind: required but not given: one of trpo, ppo_clip, ppo_penalty, ppo_trust, natural_gradient, "
+            "reinforce, trpo_penalty, projection, divergence_mask",
+        ),
+        ("critic.kind", "mlp", "critic.kind: mlp is for control runs; here: reference_head, adapter, model, none"),
         (
             "update.clip",
             "0.2",
@@ -376,7 +384,7 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
         (
             "rewards.0.name",
             "vadr",
-            "rewards.0.name: unknown reward 'vadr'; give vader or a function as package.module:function",
+            f"rewards.0.name: unknown reward 'vadr'; give {BARE} or a function as package.module:function",
         ),
         (
             "reference.budget",
@@ -424,7 +432,7 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
         "bad.yaml: iterations: expected a whole number, got false",
         "bad.yaml: model.path: required but not given: smollm2-135m, a local folder, or a hub id",
         "bad.yaml: prompts: required but not given",
-        "bad.yaml: rewards.1.name: required but not given: vader, or a function as package.module:function",
+        f"bad.yaml: rewards.1.name: required but not given: {BARE}, or a function as package.module:function",
         "bad.yaml: rewards.1.weight: expected a number, got 'x' (text)",
         "bad.yaml: update.max_kl: must be greater than 0, got -1",
         "command line: update.dampin: unknown key; did you mean update.damping?",
@@ -471,6 +479,23 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
             {"rollout.limit_penalty": "1"},
             "rollout.limit_penalty: has no effect with rollout.at_limit terminate; use penalise",
         ),
+        (
+            {"update.kind": "natural_gradient", "reference.budget": "3"},
+            "reference.budget: cannot be kept with update.kind natural_gradient, a fixed step; use trpo",
+        ),
+        (
+            {"update.kind": "trpo_penalty", "update.coefficient": "null", "advantage.gamma": "1.0"},
+            "update.coefficient: must be given without a discount, where that of the theory is infinite",
+        ),
+        (
+            {
+                "update.kind": "trpo_penalty",
+                "update.coefficient": "null",
+                "advantage.kind": "group_relative",
+                "rollout.samples_per_prompt": "4",
+            },
+            "update.coefficient: must be given without a discount, where that of the theory is infinite",
+        ),
     ],
 )
 def test_language_settings_must_go_together(folder, overrides, line):
@@ -486,6 +511,10 @@ def test_control_settings_must_go_together(folder):
     ]
     (line,) = problems("control.yaml", ("advantage.kind", "group_relative"))
     assert line == "command line: advantage.kind: group_relative is for language runs; here: gae, returns_to_go"
+    (line,) = problems(
+        "control.yaml", ("update.kind", "trpo_penalty"), ("update.coefficient", "null"), ("advantage.gamma", "1.0")
+    )
+    assert line.endswith("update.coefficient: must be given without a discount, where that of the theory is infinite")
     (line,) = problems("control.yaml", ("critic.kind", "none"))
     assert line.endswith("critic.kind: advantage.kind gae needs a critic, got none")
     assert control(critic__kind="none", advantage__kind="returns_to_go").critic.kind == "none"

@@ -80,4 +80,4 @@ def test_no_critic_is_zero_everywhere(rollout):
     values, next_values = NoCritic().values(rollout)
     assert not values.any()
     assert not next_values.any()
-    assert NoCritic().fit(rollout, rollout.rewards, values) == {"value_loss": None, "explained_variance": None}
+    assert NoCritic().start_fit(rollout, rollout.rewards, values)() == {"value_loss": None, "explained_variance": None}

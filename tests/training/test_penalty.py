@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm_trust.training.config import AdaptivePenalty
+from lm_trust.training.config_language import AdaptivePenalty
 from lm_trust.training.penalty import adapted_penalty
 
 PUBLISHED = AdaptivePenalty(target=6.0, horizon=10000)

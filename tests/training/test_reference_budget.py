@@ -7,11 +7,12 @@ import pytest
 import torch
 from tiny_models import write_model
 
-from lm_trust.lm.loading import load_policy, load_tokenizer, save_adapter
+from lm_trust.lm.loading import load_policy, load_tokenizer
 from lm_trust.lm.prompts import Prompts
 from lm_trust.lm.rewards import WeightedRewards
 from lm_trust.lm.rollout import LanguageTask, PromptSet
-from lm_trust.training.config import AdaptivePenalty
+from lm_trust.lm.saving import save_adapter
+from lm_trust.training.config_language import AdaptivePenalty
 from lm_trust.training.config_learning import ReturnsToGo
 from lm_trust.training.critic import NoCritic
 from lm_trust.training.trainer import Trainer

@@ -415,7 +415,7 @@ def test_the_folder_of_a_language_run(runs):
         assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
         assert {path.name for path in run.iterdir()} == {
             *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "learning_curve.png"),
-            *("adapter", "best", "checkpoints", "tensorboard"),
+            *("adapter", "best", "checkpoints", "completions", "tensorboard"),
         }
         lines = runs.metrics(run)
         assert len(lines) == 4 and all(line.keys() >= SHARED | OF_LANGUAGE for line in lines)
@@ -423,7 +423,8 @@ def test_the_folder_of_a_language_run(runs):
         evaluation = runs.evaluation(run)
         assert evaluation.keys() == {"before", "after"}
         for side in evaluation.values():
-            assert side.keys() == EVALUATED_LANGUAGE | {"samples"}
+            assert side.keys() == EVALUATED_LANGUAGE | {"samples", "reward/vowels", "reward_interval/vowels"}
+            assert side["reward/vowels"] == side["reward_mean"]
             assert len(side["samples"]) == side["count"] == 4
             assert side["samples"][0].keys() == {"prompt", "completion", "reward"}
             assert side["reward_mean"] == pytest.approx(np.mean([sample["reward"] for sample in side["samples"]]))
@@ -484,7 +485,7 @@ def test_the_adapter_needs_no_lm_trust(runs, architecture):
     assert (trained - untrained).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["trpo", "ppo_clip", "ppo_penalty"])
+@pytest.mark.parametrize("kind", ["trpo", "ppo_clip", "ppo_penalty", "ppo_trust", "divergence_mask"])
 def test_a_budget_of_the_reference_kl_reaches_every_rule(runs, kind):
     update = {"kind": kind} | ({"max_kl": 0.05} if kind == "trpo" else {"learning_rate": 0.02, "minibatches": 2})
     lines = runs.metrics(runs.train("bounded", "language", update=update, reference={"budget": 0.03}))

@@ -10,7 +10,7 @@ from lm_trust.core import Categorical
 from lm_trust.core.batch import Rollout
 from lm_trust.errors import UserError
 from lm_trust.training import trainer as module
-from lm_trust.training.config import AdaptivePenalty
+from lm_trust.training.config_language import AdaptivePenalty
 from lm_trust.training.config_learning import ReturnsToGo
 from lm_trust.training.critic import NoCritic
 from lm_trust.training.trainer import Trainer
@@ -85,18 +85,19 @@ def test_an_iteration_runs_in_its_order(monkeypatch):
         ("collect", trainer.task, "collect"),
         ("values", trainer.critic, "values"),
         ("step", trainer.update, "step"),
-        ("fit", trainer.critic, "fit"),
+        ("start_fit", trainer.critic, "start_fit"),
         ("after_update", trainer.task, "after_update"),
     ):
         original = getattr(owner, method)
 
         def call(*arguments, name=name, original=original):
             calls.append(name)
-            return original(*arguments)
+            result = original(*arguments)
+            return (lambda: [calls.append("fitted"), result()][1]) if name == "start_fit" else result
 
         monkeypatch.setattr(owner, method, call, raising=True)
     line = trainer.iterate()
-    assert calls == ["collect", "values", "step", "fit", "after_update"]
+    assert calls == ["collect", "values", "start_fit", "step", "fitted", "after_update"]
     assert line["iteration"] == trainer.iteration == 1
     assert line["steps"] == LENGTHS.sum()
     assert line["reward_mean"] == 1.5 and line["value_loss"] is None and line["accepted"]

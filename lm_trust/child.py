@@ -1,0 +1,132 @@
+"""An object that lives in a child of this process, and whose methods are called from here.
+
+For work that another core can do meanwhile: `start` a method, do something else, `finish` it. Threads would not do
+where Python's own work is half of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import select
+import signal
+import time
+import weakref
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from lm_trust.errors import UserError
+
+_AWAKE = 0.0005  # seconds that either side looks for a message before it sleeps
+
+
+class Child:
+    """A fork of this process that holds `target`; it ends with `close`, with this object, and with this process.
+
+    Args:
+        target: as it is now; what the child does to it is not seen here, but for what lies in shared memory.
+        name: for messages, such as "the critic".
+
+    Raises:
+        UserError: this platform cannot fork.
+    """
+
+    def __init__(self, target: Any, name: str) -> None:
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError(f"{name}: a process of its own needs a platform that can fork, such as Linux; leave it out")
+        context = multiprocessing.get_context("fork")
+        self._name = name
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(target, theirs, self._connection), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._poller = _poller(self._connection)
+        self._end = weakref.finalize(self, _end, self._connection)
+
+    def start(self, method: str, *given: Any) -> None:
+        """Begin a call; one at a time."""
+        try:
+            # Plain bytes: what torch would make of the tensors in a message, a file in shared memory for each, is
+            # slower than copying them.
+            self._connection.send_bytes(pickle.dumps((method, given), pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            raise self._gone() from None
+
+    def finish(self) -> Any:
+        """Wait for the call that was begun: its result, or its exception raised here."""
+        try:
+            result, error = _receive(self._connection, self._poller)
+        except (EOFError, OSError):
+            raise self._gone() from None
+        if error is not None:
+            raise error
+        return result
+
+    def call(self, method: str, *given: Any) -> Any:
+        """Begin a call and wait for it."""
+        self.start(method, *given)
+        return self.finish()
+
+    def close(self) -> None:
+        """End the child."""
+        self._end()
+        self._process.join(5)
+
+    def _gone(self) -> RuntimeError:
+        self._process.join(1)
+        return RuntimeError(f"{self._name}: its process is gone, with exit code {self._process.exitcode}")
+
+
+def _poller(connection: Connection) -> select.poll:
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    return poller
+
+
+def _receive(connection: Connection, poller: select.poll) -> Any:
+    # A sleeping process takes a tenth of a millisecond to wake, longer than many calls take: look for a while first.
+    awake = time.perf_counter() + _AWAKE
+    while not poller.poll(0) and time.perf_counter() < awake:
+        pass
+    return pickle.loads(connection.recv_bytes())
+
+
+def _serve(target: Any, connection: Connection, parents_end: Connection) -> None:
+    parents_end.close()
+    # The parent finishes its iteration at either signal, and needs its children for it.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
+    _one_thread()
+    poller = _poller(connection)
+    with suppress(EOFError, OSError):  # the parent is gone
+        while (request := _receive(connection, poller)) is not None:
+            method, given = request
+            try:
+                reply = (getattr(target, method)(*given), None)
+            except Exception as error:
+                reply = (None, _portable(error))
+            connection.send_bytes(pickle.dumps(reply, pickle.HIGHEST_PROTOCOL))
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception, or its words where it does not survive being sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _one_thread() -> None:
+    """OpenMP's threads do not survive a fork: a child that counts on them would wait for ever."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _end(connection: Connection) -> None:
+    # Said, and not left to the closed pipe: later children have inherited this end of it.
+    with suppress(OSError):
+        connection.send_bytes(pickle.dumps(None))
+    connection.close()

@@ -1,0 +1,112 @@
+"""The natural gradient of an objective, F^-1 g by conjugate gradient (Amari 1998, Kakade 2001), and why there is none.
+
+Every second-order rule steps along it; how far is what tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_trust.core.batch import spread_rows
+from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_gradient
+from lm_trust.core.fisher import FisherOperator
+from lm_trust.core.objective import SurrogateObjective
+from lm_trust.core.report import StepReport
+
+
+@dataclass(frozen=True)
+class NaturalGradient:
+    """A direction of ascent, at a size at which no square can overflow.
+
+    Attributes:
+        gradient: (P,) of the objective.
+        size: its largest element.
+        unit: (P,) gradient / size.
+        solved: (F + damping I)^-1 unit; its curvature, undamped, is positive.
+        solve: the same for any right-hand side (P,).
+    """
+
+    gradient: Tensor
+    size: float
+    unit: Tensor
+    solved: ConjugateGradientResult
+    solve: Callable[[Tensor], ConjugateGradientResult]
+
+
+def natural_gradient(
+    objective: SurrogateObjective,
+    observations: Any,
+    parameters: Sequence[nn.Parameter],
+    *,
+    damping: float,
+    cg_iterations: int,
+    fisher_fraction: float,
+    fisher_method: str,
+    microbatch_size: int | None,
+    cg_tolerance: float = 1e-10,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[NaturalGradient | None, StepReport]:
+    """The direction at the present parameters, which become theta_old of the objective.
+
+    Args:
+        objective: over the rows of `observations`.
+        parameters: the trainable ones of the objective's policy.
+        damping, cg_iterations, fisher_fraction, fisher_method, microbatch_size, cg_tolerance, preconditioner: as for
+            `trust_region_step`.
+
+    Returns:
+        The direction, or None where there is none; and a report, not accepted, with its numbers and, where there is
+        none, the reason.
+    """
+    gradient = objective.gradient(list(parameters))
+    gradient_norm = gradient.norm().item()
+    known = {} if objective.reference_kl is None else {"reference_kl_after": objective.reference_kl}
+    largest = gradient.abs().max()
+    if not torch.isfinite(largest):
+        return None, StepReport(False, "non_finite", gradient_norm=gradient_norm, metrics=known)
+    if largest == 0:
+        return None, StepReport(False, "zero_gradient", metrics=known)
+
+    rows = spread_rows(len(objective.mask), fisher_fraction) if fisher_fraction < 1 else slice(None)
+    fisher = FisherOperator(
+        objective.policy,
+        observations if fisher_fraction >= 1 else observations[rows],
+        mask=objective.mask[rows],
+        method=fisher_method,
+        microbatch_size=microbatch_size,
+    )
+
+    def solve(right_hand_side: Tensor) -> ConjugateGradientResult:
+        return conjugate_gradient(
+            fisher.undamped,
+            right_hand_side,
+            max_iterations=cg_iterations,
+            tolerance=cg_tolerance,
+            damping=damping,
+            preconditioner=preconditioner,
+        )
+
+    unit = gradient / largest
+    solved = solve(unit)
+    report = StepReport(
+        False,
+        "non_finite",
+        cg_iterations=solved.iterations,
+        cg_residual=solved.residual_norm / unit.norm().item(),
+        cg_stopped=solved.stopped,
+        gradient_norm=gradient_norm,
+        metrics=known,
+    )
+    if solved.stopped == "non_finite":
+        return None, report
+    # What was solved before a negative curvature showed is still an ascent direction (truncated Newton); it goes on
+    # where the Fisher is positive along it.
+    if not solved.curvature > 0:
+        report.reason = "negative_curvature"
+        return None, report
+    return NaturalGradient(gradient, largest.item(), unit, solved, solve), report

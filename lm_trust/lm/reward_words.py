@@ -1,0 +1,39 @@
+"""How messages about rewards show values, errors and samples: on one line, and never too long."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def short(value: Any) -> str:
+    """The value's repr on one line, cut in its middle to about 80 characters."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = shortener.maxlong = 80
+    try:
+        return " ".join(shortener.repr(value).split())
+    except Exception:  # an object without a repr, inside a container that asks for it
+        return f"<{type(value).__name__}>"
+
+
+def one_line(error: BaseException) -> str:
+    """The error's type and the beginning of its message."""
+    try:
+        text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(str(error).split()))
+    except Exception:  # an error that fails to say what it is
+        text = ""
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def sample_words(samples: Mapping[str, list], index: int) -> str:
+    """Which sample it is, with its prompt and completion."""
+    prompt, completion = samples["prompts"][index], samples["completions"][index]
+    return f"sample {index}: prompt {short(prompt)}, completion {short(completion)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A guess at what was meant, in brackets; empty where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

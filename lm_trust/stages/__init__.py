@@ -1,0 +1,1 @@
+"""The stages before reinforcement learning: supervised fine-tuning, and a reward model from preferences."""

@@ -1,0 +1,74 @@
+"""When a language run ends before its iterations are done: at a limit that was set, or where it no longer moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lm_trust.training.config_language import Stop
+from lm_trust.training.progress import REASONS
+
+# An iteration with nothing to learn from, all its rewards alike, is no failure: a sparse reward has many of them.
+NOTHING_TO_LEARN = "zero_gradient"
+ADVICE = {
+    "non_finite": "a smaller update.learning_rate or update.max_kl, or model.autocast bfloat16 or null",
+    "negative_curvature": "a larger update.damping",
+    "kl_exceeded": "a larger update.max_backtracks or update.damping",
+    "budget_exceeded": "a larger reference.budget, or a smaller update.max_kl or update.learning_rate",
+    "no_improvement": "a larger rollout.batch_size or update.max_backtracks, or a smaller update.max_kl",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run ends now.
+
+    Attributes:
+        words: one line, without the iteration.
+        failed: whether it ends because it cannot go on; otherwise it has reached a limit and ends as any run does.
+    """
+
+    words: str
+    failed: bool = False
+
+
+class Stopping:
+    """Watches a run's metrics for the limits of its `stop` section.
+
+    A rejected update with nothing to learn from counts neither for nor against a row of rejections. A run that is
+    resumed counts from none.
+    """
+
+    def __init__(self, limits: Stop) -> None:
+        self._limits = limits
+        self._rejections: list[Mapping[str, Any]] = []
+
+    def after(self, metrics: Mapping[str, Any]) -> Ending | None:
+        """Whether the run ends after an iteration with this line of metrics; a number that is not finite ends none."""
+        limits, reward = self._limits, metrics["reward_mean"]
+        if limits.reward is not None and reward >= limits.reward:
+            return Ending(f"the mean reward {reward:.4g} is at least stop.reward {limits.reward:g}")
+        reference_kl, entropy = metrics.get("reference_kl"), metrics["entropy"]
+        if limits.reference_kl is not None and reference_kl > limits.reference_kl:
+            return Ending(f"the reference KL {reference_kl:.4g} is beyond stop.reference_kl {limits.reference_kl:g}")
+        if limits.entropy is not None and entropy < limits.entropy:
+            return Ending(f"the entropy {entropy:.4g} is below stop.entropy {limits.entropy:g}")
+        if metrics["accepted"]:
+            self._rejections.clear()
+        elif metrics["reason"] != NOTHING_TO_LEARN:
+            self._rejections.append(metrics)
+        if limits.rejections is not None and len(self._rejections) >= limits.rejections:
+            return Ending(self._stuck(), failed=True)
+        return None
+
+    def _stuck(self) -> str:
+        reasons = dict.fromkeys(line["reason"] for line in self._rejections)
+        words = ", ".join(REASONS.get(reason, reason.replace("_", " ")) for reason in reasons)
+        offender = self._rejections[-1].get("offender")
+        advice = "; ".join(ADVICE[reason] for reason in reasons if reason in ADVICE)
+        return (
+            f"stop.rejections: {len(self._rejections)} updates in a row were rejected: {words}"
+            f"{f' ({offender})' if offender else ''}; try {advice or 'other settings of update'} in a new run, "
+            "or go on with --resume"
+        )

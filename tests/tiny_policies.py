@@ -1,0 +1,82 @@
+"""Small policies of every kind of action in float64, and batches for them, for tests of update rules."""
+
+import torch
+from torch import nn
+
+from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical
+from lm_trust.core.batch import Batch
+
+B, T, D = 8, 5, 3
+MASK = torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4, 0, 1])[:, None]
+SIZES = {"categorical": 4, "multi_categorical": 5, "gaussian": 2}
+KINDS = list(SIZES)
+
+
+class Policy(nn.Module):
+    """One of KINDS over D observed numbers, with weights that are all drawn."""
+
+    def __init__(self, kind="categorical", seed=0):
+        super().__init__()
+        self.kind = kind
+        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, SIZES[kind])).double()
+        self.log_std = nn.Parameter(torch.zeros(2, dtype=torch.float64)) if kind == "gaussian" else None
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def distribution(self, observations):
+        output = self.net(observations)
+        if self.kind == "gaussian":
+            return DiagonalGaussian(output, self.log_std)
+        return Categorical(output) if self.kind == "categorical" else MultiCategorical(output, [2, 3])
+
+    def independent(self, observations):
+        """The same by torch.distributions."""
+        kinds, output = torch.distributions, self.net(observations)
+        if self.kind == "gaussian":
+            return kinds.Independent(kinds.Normal(output, self.log_std.exp().expand_as(output)), 1)
+        if self.kind == "categorical":
+            return kinds.Categorical(logits=output)
+        raise NotImplementedError(self.kind)
+
+
+@torch.no_grad()
+def batch_for(policy, *, seed=1, mask=MASK, reference=None, progress=0.0):
+    """Actions of the policy with random advantages; the advantages of a masked step are absurd."""
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    old = policy.distribution(observations).detach()
+    actions = old.sample(generator=generator)
+    advantages = torch.randn(B, T, generator=generator, dtype=torch.float64)
+    return Batch(
+        observations=observations,
+        actions=actions,
+        old=old,
+        old_log_prob=old.log_prob(actions),
+        advantages=advantages if mask is None else torch.where(mask, advantages, 1e6),
+        mask=mask,
+        reference=None if reference is None else reference.distribution(observations).detach(),
+        progress=progress,
+    )
+
+
+def vector_of(policy):
+    """(P,) all parameters."""
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
+@torch.no_grad()
+def moved(policy, scale, seed=3):
+    """The policy itself, after a random step of each weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return policy
+
+
+@torch.no_grad()
+def step_kl(old, new, batch):
+    """(N,) exact KL(old || new) at the valid steps."""
+    kl = old.distribution(batch.observations).kl(new.distribution(batch.observations))
+    return kl.flatten() if batch.mask is None else kl[batch.mask]
