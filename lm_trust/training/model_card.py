@@ -19,7 +19,7 @@ from lm_trust.training.best import EVALUATION, NAME
 from lm_trust.training.config import LanguageConfig
 from lm_trust.training.config_file import BUNDLED_MODEL, dump
 from lm_trust.training.run_folder import RunFolder
-from lm_trust.training.summary import LANGUAGE_ROWS, visible
+from lm_trust.training.summary import language_rows, visible
 
 CARD = "README.md"
 _BUNDLED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -123,7 +123,8 @@ def _table(evaluation: Mapping[str, Mapping[str, Any] | None]) -> str:
     columns = {name: values for name, values in evaluation.items() if values}
     counts = sorted({values["count"] for values in columns.values()})
     rows = [
-        f"| {label} | {' | '.join(number(values) for values in columns.values())} |" for label, number in LANGUAGE_ROWS
+        f"| {label} | {' | '.join(number(values) for values in columns.values())} |"
+        for label, number in language_rows(list(columns.values())[-1])
     ]
     head = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     return "\n".join([*head, *rows, "", f"Over {' and '.join(map(str, counts))} completions of held-out prompts."])

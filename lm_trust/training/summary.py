@@ -48,7 +48,7 @@ def print_summary(evaluation: Mapping[str, Evaluation | None], console: Console,
     for _ in columns:
         table.add_column(justify="right", no_wrap=True)
     table.add_row("", *(Text(name, "bold") for name in columns))
-    for label, number in [*LANGUAGE_ROWS, *_part_rows(last)] if world == "language" else _CONTROL_ROWS:
+    for label, number in language_rows(last) if world == "language" else _CONTROL_ROWS:
         table.add_row(Text(label), *(number(values) for values in columns.values()))
     console.print(table, width=width, highlight=False)
     samples = {name: list(values.get("samples") or []) for name, values in columns.items()}
@@ -90,10 +90,12 @@ def _completion(sample: Mapping[str, Any], encoding: str) -> Text:
     return Text(text) if text else Text("(empty)", "dim")
 
 
-def _part_rows(values: Evaluation) -> list[tuple[str, Callable[[Evaluation], str]]]:
-    """A row for each part of the reward, where it has several."""
+def language_rows(values: Evaluation) -> list[tuple[str, Callable[[Evaluation], str]]]:
+    """The rows of a table of evaluations, (label, what it shows of one); the reward's parts where it has several."""
     names = [key.removeprefix("reward/") for key in values if key.startswith("reward/")]
-    return [(f"  of it {name}", partial(_mean, of=f"/{name}")) for name in names] if len(names) > 1 else []
+    parts = [(f"  {name}", partial(_mean, of=f"/{name}")) for name in names] if len(names) > 1 else []
+    first, *others = _LANGUAGE_ROWS
+    return [first, *parts, *others]
 
 
 def _mean(values: Evaluation, of: str = "") -> str:
@@ -109,7 +111,7 @@ def _number(key: str, decimals: int = 3) -> Callable[[Evaluation], str]:
     return lambda values: format_number(values.get(key), decimals)
 
 
-LANGUAGE_ROWS: list[tuple[str, Callable[[Evaluation], str]]] = [
+_LANGUAGE_ROWS: list[tuple[str, Callable[[Evaluation], str]]] = [
     ("mean reward [95 % interval]", _mean),
     ("reference KL (nats/sequence)", _number("reference_kl")),
     ("perplexity under base model", _number("perplexity", 2)),
