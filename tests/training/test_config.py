@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import lm_trust
 from lm_trust.errors import UserError
 from lm_trust.training.config import ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import keys_of, variants
 from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.config_help import key_listing
 from lm_trust.training.config_rewards import BUILTIN_REWARDS
+from lm_trust.training.config_stages import RewardModelConfig, SftConfig
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
 BARE = "vader, length, missing_eos, exact_match"
@@ -640,3 +643,14 @@ def test_validating_a_config_loads_nothing_heavy(folder):
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+CONFIGS = Path(lm_trust.__file__).parent.parent / "configs"
+STAGES = {"sft.yaml": SftConfig, "reward_model.yaml": RewardModelConfig}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_that_comes_with_the_package_is_valid(path):
+    # The files that some of them name are made by another command first.
+    config = load_config(path, root=STAGES.get(path.name), check_files=False)
+    assert config.output.startswith("runs/")
