@@ -19,7 +19,7 @@ from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch, row_chunks
 from lm_trust.core.budget import reference_limit
 from lm_trust.core.distributions import Distribution, per_step
-from lm_trust.core.objective import SurrogateObjective
+from lm_trust.core.objective import Measurement, SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
 from lm_trust.core.report import StepReport
 from lm_trust.core.seeding import make_generator
@@ -28,6 +28,7 @@ from lm_trust.updates.reference_budget import ReferenceBudget
 
 # Of the way back to the bounds: a shorter move than 0.8 ** 20, a hundredth, is not worth another pass.
 _BACKTRACK_RATIO, _MAX_BACKTRACKS = 0.8, 20
+_HALVINGS = 5  # of a way back that went too far
 
 
 class MinibatchAdam:
@@ -75,7 +76,9 @@ class MinibatchAdam:
 
         A loss, a gradient or a measured number that is not finite is such a one. Where there is a bound, a move that
         breaks it is shortened, on the straight line to its start, until the exact numbers on the whole batch keep it.
-        From a start over the budget of the reference KL it is enough that this KL falls.
+        From a start over the budget of the reference KL it is enough that this KL falls, and a move that brings it
+        within is shortened to where it just is: a step on the KL alone, which is much steeper than the surrogate that
+        Adam's scale comes from, would give up most of what has been learnt.
 
         Args:
             policy, batch: as for every update rule.
@@ -104,8 +107,7 @@ class MinibatchAdam:
         objective.start_from(batch.old)
         reference.begin(objective.reference_kl)
         if reference.began_over:
-            for state in optimizer.state.values():  # a momentum that leads over the budget would go on doing so
-                state["exp_avg"].zero_()
+            _forget_momentum(optimizer)
         norms: list[float] = []
         report = StepReport(False, "non_finite", predicted_gain=None)
         if objective.reference_kl is not None:
@@ -127,6 +129,9 @@ class MinibatchAdam:
         if not report.accepted:
             assign(parameters, flatten(start))
             optimizer.load_state_dict(optimizer_start)
+        elif reference.began_over:  # the gradients of the way back are no measure of those to come
+            optimizer.load_state_dict(optimizer_start)
+            _forget_momentum(optimizer)
         report.gradient_norm = norms[0] if norms else 0.0
         report.metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": len(norms)}
         return report
@@ -188,16 +193,18 @@ def _certify(
     price: float,
 ) -> None:
     """Measure the move, shorten it where it breaks a bound, fill in the report, and adapt the multiplier."""
-    found = objective.measure()
+    found, fraction = objective.measure(), 1.0
     if not found.finite:
         return
     limit = math.inf
     if reference.budget is not None:
         reference.adapt(max(objective.reference_kl, found.reference_kl))
+        if reference.began_over and found.reference_kl < reference.budget:
+            found, fraction = _just_within(objective, parameters, start, reference.budget, found)
         limit = reference_limit(objective.reference_kl, reference.budget, must_fall=reference.began_over)
     within = found.step_kl <= max_kl and (found.reference_kl is None or found.reference_kl <= limit)
     if within and (not needs_gain or found.improves(price)):
-        report.accepted, report.reason, report.step_fraction = True, "accepted", 1.0
+        report.accepted, report.reason, report.step_fraction = True, "accepted", fraction
         report.surrogate_gain, report.step_kl, report.step_kl_max, reference_kl = found
         if reference_kl is not None:
             report.metrics["reference_kl_after"] = reference_kl
@@ -221,7 +228,36 @@ def _certify(
         needs_gain=needs_gain,
         price=price,
     )
-    report.step_fraction *= edge
+    report.step_fraction *= edge * fraction
+
+
+def _forget_momentum(optimizer: torch.optim.Adam) -> None:
+    """A momentum that led over the budget would go on doing so."""
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+
+
+def _just_within(
+    objective: SurrogateObjective,
+    parameters: list[nn.Parameter],
+    start: list[Tensor],
+    budget: float,
+    found: Measurement,
+) -> tuple[Measurement, float]:
+    """The shortest part of the move, of a few halvings, whose reference KL is within the budget that it began over."""
+    begin = flatten(start)
+    move = flatten(parameters) - begin
+    over, within = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (over + within) / 2
+        assign(parameters, begin + middle * move)
+        measured = objective.measure()
+        if measured.finite and measured.reference_kl <= budget:
+            found, within = measured, middle
+        else:
+            over = middle
+    assign(parameters, begin + within * move)
+    return found, within
 
 
 @torch.no_grad()

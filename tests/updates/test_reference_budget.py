@@ -169,6 +169,27 @@ def test_once_back_within_the_budget_the_surrogate_counts_again(rule):
     assert 0.25 * before < after < before
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_way_back_that_goes_too_far_is_shortened_to_the_budget(rule):
+    reference = Policy()
+    policy = moved(reference, 0.5)
+    batch = batch_for(policy, reference)
+    budget = 0.9 * kl_per_row(policy, reference, batch)
+    update = rule(reference_budget=budget, **(ADAM | {"learning_rate": 0.3, "epochs": 1, "minibatches": 1}))
+    report = update.step(policy, batch)
+    whole = moved(reference, 0.5)  # the same single step of Adam, not shortened
+    adam_to_the_edge(whole, reference, batch, steps=1, learning_rate=0.3, budget=0.0, inwards=True)
+    assert report.accepted and report.step_fraction < 0.5
+    after = kl_per_row(policy, reference, batch)
+    assert 0.9 * budget < after <= budget
+    assert after == pytest.approx(report.metrics["reference_kl_after"], rel=1e-9)
+    begin = vector_of(moved(reference, 0.5))
+    step = vector_of(whole) - begin
+    torch.testing.assert_close(vector_of(policy), begin + report.step_fraction * step, rtol=0, atol=1e-6)
+    if rule is PPOClip:  # the gradients of the way back are not what the next steps are measured by
+        assert not update.state_dict()["optimizer"]["state"]
+
+
 def test_the_multiplier_is_a_projected_ascent():
     budget = ReferenceBudget(2.0, 0.0)
     seen = []
