@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from functools import partial
 
 import pytest
 
@@ -29,7 +30,10 @@ def test_the_first_signal_is_noted_and_the_second_obeyed(number):
     assert {name: signal.getsignal(name) for name in handlers} == handlers
 
 
-def test_a_second_ctrl_c_is_a_keyboard_interrupt():
+def test_a_second_ctrl_c_is_a_keyboard_interrupt(request):
+    # A process that a script starts in the background ignores SIGINT from the start, and the tests with it.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.exit_status == 130
