@@ -18,6 +18,7 @@ from torch import nn
 
 from lm_trust.core import distributions, trust_region
 from lm_trust.core.batch import Batch
+from lm_trust.core.fisher import FisherOperator
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.training import trainer as trainer_module
@@ -86,7 +87,7 @@ def timers(trainer: Trainer) -> Iterator[Stopwatch]:
         (trainer_module, "estimate_advantages", ADVANTAGES, None),
         (trainer.update, "step", step, None),
         (SurrogateObjective, "gradient", GRADIENT, None),
-        (trust_region.FisherOperator, "undamped", FISHER, None),
+        (FisherOperator, "undamped", FISHER, None),
         (trust_region, "line_search", SEARCH, None),
         (SurrogateObjective, "start_from", EXACT, EPOCHS),
         (SurrogateObjective, "measure", EXACT, EPOCHS),
