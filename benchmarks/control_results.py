@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from control_table import differing, is_finished, remake, train_seconds  # beside this file
+from control_table import PLACES, begin_or_go_on, differing, is_finished, remake, train_seconds  # beside this file
 
 from lm_trust.arguments import split_overrides
 from lm_trust.errors import UserError
@@ -31,8 +30,6 @@ from lm_trust.training.progress import format_duration
 from lm_trust.training.run_folder import RunFolder
 
 OUTPUT = Path("runs/control_results")
-# Where a run computes, which changes no result: several runs at once have a core each, and one alone has all.
-PLACES = {"environment.processes": "1", "critic.own_process": "false"}
 
 
 class Runner:
@@ -53,14 +50,7 @@ class Runner:
         if is_finished(folder):
             print(f"{name}: finished before", flush=True)
             return True
-        if any((folder / "checkpoints").glob("*")):
-            print(f"{name}: goes on", flush=True)
-            command += ["--resume", str(folder)]
-        else:
-            print(f"{name}: begins", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
-            command += ["--output", str(folder)]
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        command += begin_or_go_on(folder, name)
         log = folder.with_name(f"{folder.name}.log")
         with log.open("ab") as file:
             # A session of its own: a Ctrl-C reaches this process alone, which then stops each run once.
@@ -101,7 +91,6 @@ def check_same_settings(config: Path, seed: int, overrides: Sequence[tuple[str, 
     folder = OUTPUT / config.stem / f"seed{seed}"
     now = load_config(config, [("seed", str(seed)), *overrides])
     keys = differing(load_config(folder / "config.yaml", check_files=False), now) if is_finished(folder) else []
-    keys = [key for key in keys if key not in PLACES]
     if keys:
         raise UserError(
             f"{folder}: {keys[0]} is not what {config} and the overrides say now; "

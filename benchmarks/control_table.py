@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from lm_trust.training.run_folder import RunFolder
 PAGE = Path(__file__).with_name("control_results.md")
 PICTURES = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- table: written by control_results.py -->", "<!-- end of table -->"
-MAY_DIFFER = ("output", "trackers", "checkpoint.", "evaluation.every", "evaluation.videos")
+# Where a run computes, which changes no result: several runs at once have a core each, and one alone has all.
+PLACES = {"environment.processes": "1", "critic.own_process": "false"}
+MAY_DIFFER = ("output", "trackers", "checkpoint.", "evaluation.every", "evaluation.videos", *PLACES)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ TASKS = {
 
 def is_finished(folder: Path) -> bool:
     return (folder / "evaluation.json").is_file() and "after" in RunFolder(folder).evaluation()
+
+
+def begin_or_go_on(folder: Path, name: str) -> list[str]:
+    """The options of `lm-trust train` for a run that is not finished, whose folder may hold its checkpoints."""
+    if any((folder / "checkpoints").glob("*")):
+        print(f"{name}: goes on", flush=True)
+        return ["--resume", str(folder)]
+    print(f"{name}: begins", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return ["--output", str(folder)]
 
 
 def train_seconds(folder: Path) -> float:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from control_table import differing, is_finished, train_seconds  # beside this file
+from control_table import begin_or_go_on, differing, is_finished, train_seconds  # beside this file
 
 from lm_trust.arguments import split_overrides
 from lm_trust.control.evaluation import t_interval
@@ -111,14 +110,7 @@ class Runner:
             print(f"{name}: finished before", flush=True)
             return True
         command = [sys.executable, "-m", "lm_trust", "train", str(self._config), *self._row_options(row, seed)]
-        if any((folder / "checkpoints").glob("*")):
-            print(f"{name}: goes on", flush=True)
-            command += ["--resume", str(folder)]
-        else:
-            print(f"{name}: begins", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
-            command += ["--output", str(folder)]
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        command += begin_or_go_on(folder, name)
         log = folder.with_name(f"{folder.name}.log")
         status = _run(command, log, folder)
         if status:

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from lm_trust.training.progress import (
     format_duration,
     format_number,
     format_rate,
+    progress_line,
 )
 
 
@@ -78,16 +78,8 @@ class StageProgress:
 
     def __rich__(self) -> RenderableType:
         """The live display: a line with bar, elapsed and remaining time, then the latest updates."""
-        header = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        for _ in range(4):
-            header.add_column(no_wrap=True)
-        header.columns[1].ratio = 1
-        header.add_row(
-            Text(f"update {self._step}/{self._total}", "bold"),
-            ProgressBar(total=max(self._total, 1), completed=self._step),
-            f"elapsed {format_duration(time.monotonic() - self._begun)}",
-            f"left {format_duration(self._left)}",
-        )
+        elapsed = time.monotonic() - self._begun
+        header = progress_line("update", self._step, self._total, elapsed, self._left)
         table = Table.grid(padding=(0, 2, 0, 0))
         for heading in self._headings:
             table.add_column(justify="right", no_wrap=True, min_width=max(7, len(heading)))

@@ -150,17 +150,7 @@ class Progress:
     def _header(self) -> RenderableType:
         now = time.monotonic()
         left = None if self._left is None else max(self._left - (now - self._updated), 0.0)
-        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        for _ in range(4):
-            line.add_column(no_wrap=True)
-        line.columns[1].ratio = 1
-        line.add_row(
-            Text(f"iteration {self._iteration}/{self.total_iterations}", "bold"),
-            ProgressBar(total=max(self.total_iterations, 1), completed=self._iteration),
-            f"elapsed {format_duration(now - self._start)}",
-            f"left {format_duration(left)}",
-        )
-        return line
+        return progress_line("iteration", self._iteration, self.total_iterations, now - self._start, left)
 
     def _table(self, rows: tuple[Mapping[str, Any], ...], *, ascii_only: bool) -> RenderableType:
         table = Table.grid(padding=(0, 2, 0, 0), expand=True)
@@ -247,6 +237,21 @@ def format_rate(value: float | None) -> str:
         if value < limit:
             return f"{value / scale:.{1 if suffix == 'M' else 0}f}{suffix}"
     return f"{value / 1e6:.0f}M" if value < 999.5e6 else f"{value:.0e}"
+
+
+def progress_line(unit: str, done: int, total: int, elapsed: float, left: float | None) -> RenderableType:
+    """One line of a live display: `iteration 3/16`, a bar, and the seconds behind and before; None: not yet known."""
+    line = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    for _ in range(4):
+        line.add_column(no_wrap=True)
+    line.columns[1].ratio = 1
+    line.add_row(
+        Text(f"{unit} {done}/{total}", "bold"),
+        ProgressBar(total=max(total, 1), completed=done),
+        f"elapsed {format_duration(elapsed)}",
+        f"left {format_duration(left)}",
+    )
+    return line
 
 
 def format_duration(seconds: float | None) -> str:
