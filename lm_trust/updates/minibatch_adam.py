@@ -104,17 +104,22 @@ class MinibatchAdam:
             bounded=reference.budget is not None,
             microbatch_size=microbatch_size,
         )
-        objective.start_from(batch.old)
-        reference.begin(objective.reference_kl)
+        if reference.budget is None:
+            objective.start_from(batch.old)
+            reference.begin(objective.reference_kl)
+        else:
+            gradient = objective.gradient(parameters)
+            reference.begin(objective.reference_kl, _unit(gradient, objective))
         if reference.began_over:
             _forget_momentum(optimizer)
         norms: list[float] = []
         report = StepReport(False, "non_finite", predicted_gain=None)
         if objective.reference_kl is not None:
             report.metrics["reference_kl_after"] = objective.reference_kl
+        finite = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
         if reference.budget is not None:
-            report.metrics["reference_multiplier"] = reference.multiplier
-        if self._run_epochs(parameters, optimizer, batch, differentiate, norms):
+            report.metrics["reference_multiplier"] = reference.mean_multiplier
+        if finite:
             needs_gain = needs_gain and not reference.began_over
             _certify(
                 objective,
@@ -192,13 +197,12 @@ def _certify(
     needs_gain: bool,
     price: float,
 ) -> None:
-    """Measure the move, shorten it where it breaks a bound, fill in the report, and adapt the multiplier."""
+    """Measure the move, shorten it where it breaks a bound, and fill in the report."""
     found, fraction = objective.measure(), 1.0
     if not found.finite:
         return
     limit = math.inf
     if reference.budget is not None:
-        reference.adapt(max(objective.reference_kl, found.reference_kl))
         if reference.began_over and found.reference_kl < reference.budget:
             found, fraction = _just_within(objective, parameters, start, reference.budget, found)
         limit = reference_limit(objective.reference_kl, reference.budget, must_fall=reference.began_over)
@@ -229,6 +233,12 @@ def _certify(
         price=price,
     )
     report.step_fraction *= edge * fraction
+
+
+def _unit(gradient: Tensor, objective: SurrogateObjective) -> float:
+    """The weight of the reference KL, a mean over steps, at which its gradient is as long as the surrogate's."""
+    length = objective.reference_gradient.norm().item() / objective.steps_per_row
+    return gradient.norm().item() / length if length > 0 else 0.0
 
 
 def _forget_momentum(optimizer: torch.optim.Adam) -> None:

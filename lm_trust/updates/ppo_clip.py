@@ -132,10 +132,9 @@ class PPOClip:
         return backward(policy, minibatch, objective, others=others, microbatch_size=self.microbatch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments, the shuffles' generator and the reference KL's multiplier."""
-        return self._adam.state_dict() | {"reference": self._reference.state_dict()}
+        """Adam's moments and the shuffles' generator."""
+        return self._adam.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._adam.load_state_dict(state)
-        self._reference.load_state_dict(state["reference"])

@@ -93,11 +93,10 @@ class PPOPenalty:
         return self._reference.weigh(each, new, fixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments, the shuffles' generator, beta and the reference KL's multiplier."""
-        return {"adam": self._adam.state_dict(), "beta": self._beta, "reference": self._reference.state_dict()}
+        """Adam's moments, the shuffles' generator and beta."""
+        return {"adam": self._adam.state_dict(), "beta": self._beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._adam.load_state_dict(state["adam"])
         self._beta = state["beta"]
-        self._reference.load_state_dict(state["reference"])

@@ -2,19 +2,24 @@
 
 A budget is kept in three ways. A Lagrange multiplier makes it felt before it is reached, the epochs end once a
 minibatch is over it, and what is over it all the same after them is scaled back (`MinibatchAdam.step`).
+
+The multiplier is set by the room that is left, minibatch by minibatch, and remembers nothing: one that adds up the excess
+of update after update (dual ascent) is late by several of them, and swings (Stooke et al. 2020, "Responsive Safety in
+Reinforcement Learning by PID Lagrangian Methods", whose proportional term this is). Its unit is the weight at which the
+KL's gradient is as long as the surrogate's. With that weight a step cannot raise the KL, to first order; it is reached
+at the bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution
 
-RATE = 0.5  # how much the multiplier grows where the reference KL is twice its budget
+BAND = 0.25  # of the budget: the room in which the multiplier grows from zero to the weight of equal gradients
 
 
 class ReferenceBudget:
@@ -25,8 +30,8 @@ class ReferenceBudget:
         loss: the fixed weight of the exact KL(policy || reference), in objective units per nat of the mean step.
 
     Attributes:
-        multiplier: what is added to `loss`, in the same units; never negative. It ascends the dual problem: it grows
-            with the excess over the budget and falls with the room that is left.
+        multiplier: what is added to `loss` now, in the same units; never negative.
+        mean_multiplier: its mean over the gradients of the present update.
         began_over: whether the policy was over the budget when the present update began.
     """
 
@@ -35,6 +40,8 @@ class ReferenceBudget:
         self.loss = loss
         self.multiplier = 0.0
         self._start: float | None = None
+        self._unit = 0.0
+        self._used: list[float] = []
         self.began_over = self._way_back = False
 
     @property
@@ -42,10 +49,21 @@ class ReferenceBudget:
         """Whether the reference KL has any part in the update."""
         return bool(self.loss) or self.budget is not None
 
-    def begin(self, reference_kl: float | None) -> None:
-        """Start an update of a policy with this reference KL on the whole batch, nats per row."""
-        self._start = reference_kl
+    @property
+    def mean_multiplier(self) -> float:
+        return sum(self._used) / max(len(self._used), 1)
+
+    def begin(self, reference_kl: float | None, unit: float = 0.0) -> None:
+        """Start an update.
+
+        Args:
+            reference_kl: of the policy on the whole batch, nats per row.
+            unit: the multiplier at which the KL's gradient is as long as the surrogate's.
+        """
+        self._start, self._unit, self._used = reference_kl, unit, []
         self.began_over = self._way_back = self.budget is not None and reference_kl > self.budget
+        if self.budget is not None:
+            self._adapt(reference_kl)
 
     def fixed(self, minibatch: Batch) -> list[Distribution]:
         """The fixed distributions that `weigh` takes: the reference where it has a part; old as well with a budget."""
@@ -70,26 +88,20 @@ class ReferenceBudget:
 
         Only the change is taken from the minibatch; the level is that of the whole batch, which varies less.
 
-        They end at the first minibatch over the budget. Only an update that began over it must first come back: it
+        The multiplier is that of the new level. They end at the first minibatch over the budget. Only an update that began over it must first come back: it
         lowers the KL and nothing else (constraint-rectified policy optimisation, Xu et al. 2021) until one is within.
         """
         if not changes:
             return True
         (change,) = changes
+        self._used.append(self.multiplier)
         steps = minibatch.advantages.numel() if minibatch.mask is None else minibatch.mask.sum().item()
-        over = self._start + change * steps / len(minibatch) > self.budget
+        level = self._start + change * steps / len(minibatch)
+        self._adapt(level)
+        over = level > self.budget
         goes_on = self._way_back or not over
         self._way_back = self._way_back and over
         return goes_on
 
-    def adapt(self, reference_kl: float) -> None:
-        """One step of the multiplier, by the largest reference KL of the update on its whole batch, nats per row."""
-        self.multiplier = max(0.0, self.multiplier + RATE * (reference_kl / self.budget - 1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The multiplier."""
-        return {"multiplier": self.multiplier}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.multiplier = state["multiplier"]
+    def _adapt(self, level: float) -> None:
+        self.multiplier = self._unit * max(0.0, 1 - (self.budget - level) / (BAND * self.budget))
