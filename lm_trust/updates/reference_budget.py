@@ -3,11 +3,11 @@
 A budget is kept in three ways. A Lagrange multiplier makes it felt before it is reached, the epochs end once a
 minibatch is over it, and what is over it all the same after them is scaled back (`MinibatchAdam.step`).
 
-The multiplier is set by the room that is left, minibatch by minibatch, and remembers nothing: one that adds up the excess
-of update after update (dual ascent) is late by several of them, and swings (Stooke et al. 2020, "Responsive Safety in
-Reinforcement Learning by PID Lagrangian Methods", whose proportional term this is). Its unit is the weight at which the
-KL's gradient is as long as the surrogate's. With that weight a step cannot raise the KL, to first order; it is reached
-at the bound.
+The multiplier is set by the room that is left, minibatch by minibatch, and remembers nothing: one that adds up the
+excess of update after update (dual ascent) is late by several of them, and swings (Stooke et al. 2020, "Responsive
+Safety in Reinforcement Learning by PID Lagrangian Methods", whose proportional term this is). Its unit is the weight at
+which the KL's gradient is as long as the surrogate's. With that weight a step cannot raise the KL, to first order; it
+is reached at the bound.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class ReferenceBudget:
 
         Only the change is taken from the minibatch; the level is that of the whole batch, which varies less.
 
-        The multiplier is that of the new level. They end at the first minibatch over the budget. Only an update that began over it must first come back: it
-        lowers the KL and nothing else (constraint-rectified policy optimisation, Xu et al. 2021) until one is within.
+        The multiplier becomes that of the new level. The epochs end at the first minibatch over the budget. Only an
+        update that began over it must first come back: it lowers the KL and nothing else (constraint-rectified policy
+        optimisation, Xu et al. 2021) until one is within.
         """
         if not changes:
             return True
