@@ -9,156 +9,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lm_trust import __version__
+from lm_trust import help_texts as texts
 from lm_trust.errors import UserError
-
-_DESCRIPTION = """\
-Train a language model or a control policy with updates that keep to a bound,
-in nats, on how far the policy may move.
-"""
-_EXAMPLES = """\
-examples:
-  lm-trust train configs/control/cartpole_trpo.yaml
-  lm-trust train configs/lm/sentiment_trpo.yaml --update.max_kl 0.02
-  lm-trust evaluate runs/sentiment_trpo
-  lm-trust generate runs/sentiment_trpo "The film was"
-  lm-trust plot runs/cartpole_trpo runs/cartpole_ppo
-  lm-trust sft configs/lm/pipeline/sft.yaml
-  lm-trust reward-model configs/lm/pipeline/reward_model.yaml
-
-`lm-trust COMMAND --help` tells more of each.
-"""
-_TRAIN = """\
-Train as the YAML file CONFIG says and write a run folder: config.yaml
-(resolved), metrics.jsonl (a line an iteration), evaluation.json, checkpoints/
-and the policy (adapter/, model/ or policy.safetensors; that of the best
-evaluation is in best/). TensorBoard's files are in tensorboard/ (see the key
-trackers), and a control run's finished episodes in monitor.csv.
-
-Every key of the config can be set here too, by its dotted name; the value is
-YAML. Setting another `kind` replaces that section with the kind's defaults.
-`lm-trust config language` and `lm-trust config control` list all keys.
-
-Ctrl-C and SIGTERM finish the iteration, write a checkpoint and exit with
-status 130 or 143.
-"""
-_TRAIN_EXAMPLES = """\
-examples:
-  lm-trust train configs/lm/sentiment_trpo.yaml
-  lm-trust train configs/lm/sentiment_trpo.yaml --seed 1 --output runs/second
-  lm-trust train configs/control/cartpole_trpo.yaml --update.kind ppo_clip
-  lm-trust train configs/control/cartpole_trpo.yaml --policy.log_std -0.5
-  lm-trust train configs/lm/sentiment_trpo.yaml --rewards.0.weight 2
-  lm-trust train --resume runs/sentiment_trpo
-  lm-trust train --resume runs/sentiment_trpo --iterations 60
-"""
-_EVALUATE = """\
-Evaluate a trained policy again: a language model on the held-out prompts of
-its run, beside the model it started from; a control policy on fresh episodes,
-without exploration.
-"""
-_EVALUATE_EXAMPLES = """\
-examples:
-  lm-trust evaluate runs/sentiment_trpo
-  lm-trust evaluate runs/cartpole_trpo --count 100
-  lm-trust evaluate runs/cartpole_trpo --videos 3
-  lm-trust evaluate runs/cartpole_trpo --render
-  lm-trust evaluate runs/cartpole_trpo --best
-"""
-_GENERATE = """\
-Print completions of a prompt by the language model of a run.
-"""
-_GENERATE_EXAMPLES = """\
-examples:
-  lm-trust generate runs/sentiment_trpo "The film was"
-  lm-trust generate runs/sentiment_trpo "The film was" --count 4 --seed 1
-  lm-trust generate runs/sentiment_trpo "The film was" --reference
-  lm-trust generate runs/sentiment_trpo -- "-- a prompt that starts with a dash"
-"""
-_MERGE = """\
-Add the adapter of a language run into its base model's weights and write the
-result as a plain model: safetensors, tokenizer and generation config, which
-`AutoModelForCausalLM.from_pretrained` and `generate` take alone.
-"""
-_MERGE_EXAMPLES = """\
-examples:
-  lm-trust merge runs/sentiment_trpo
-  lm-trust merge runs/sentiment_trpo --best --output models/sentiment
-"""
-_PLOT = """\
-Draw learning curves of several runs into one picture. Runs that differ in
-nothing but their seed are one curve: their mean, with its 95 % interval
-(Student's t). The legend names what differs between the curves.
-"""
-_PLOT_EXAMPLES = """\
-examples:
-  lm-trust plot runs/cartpole_trpo runs/cartpole_ppo
-  lm-trust plot runs/hopper_* --output hopper.png --x seconds
-  lm-trust plot runs/hopper_* --metric evaluation/reward_mean
-"""
-_SFT = """\
-Fine-tune a language model on texts, by trl's SFTTrainer, and write a run
-folder: config.yaml (resolved), metrics.jsonl (a line an update),
-evaluation.json (held-out loss and perplexity, before and after),
-learning_curve.png and adapter/, a plain PEFT adapter that `lm-trust train`
-starts from by --model.adapter (model/ where model.lora is null).
-
-A row of the data is a `text`, a `prompt` with its `completion` (which alone is
-learnt), or a list of chat `messages`. Every key of the config can be set here
-too, by its dotted name; `lm-trust config sft` lists them all.
-
-Ctrl-C and SIGTERM finish the update, write the adapter as it is and exit with
-status 130 or 143.
-"""
-_SFT_EXAMPLES = """\
-examples:
-  lm-trust sft configs/lm/pipeline/sft.yaml
-  lm-trust sft my.yaml --data.path my.jsonl --training.epochs 3
-  lm-trust sft my.yaml --training.max_steps 5 --output runs/trial
-  lm-trust train configs/lm/pipeline/trpo.yaml --model.adapter runs/sft/adapter
-"""
-_REWARD_MODEL = """\
-Train a reward model on preference pairs, by trl's RewardTrainer, and write a
-run folder: config.yaml (resolved), metrics.jsonl (a line an update),
-evaluation.json (held-out accuracy and margin, before and after),
-learning_curve.png and adapter/, a plain PEFT adapter with its score head and
-tokenizer (model/ where model.lora is null), which is a reward by itself:
-
-  rewards: [{kind: classifier, path: runs/reward_model/adapter}]
-
-A row of the data has `chosen` and `rejected` and, where both go on from one, a
-`prompt`: texts or lists of chat messages. Every key of the config can be set
-here too, by its dotted name; `lm-trust config reward-model` lists them all.
-
-Ctrl-C and SIGTERM finish the update, write the adapter as it is and exit with
-status 130 or 143.
-"""
-_REWARD_MODEL_EXAMPLES = """\
-examples:
-  lm-trust reward-model configs/lm/pipeline/reward_model.yaml
-  lm-trust reward-model my.yaml --data.path pairs.jsonl --model.path gpt2
-  lm-trust reward-model my.yaml --training.max_steps 5 --output runs/trial
-"""
-_CONFIG = """\
-List every key of a config with its default and its meaning. A config with an
-`environment` section is a control run, one with a `model` section a language
-run; the configs of `lm-trust sft` and `lm-trust reward-model` have a `data`
-section. In a file the keys nest; on the command line they are dotted:
-`update: {max_kl: 0.02}` is --update.max_kl 0.02.
-
-`extends: other.yaml` at the top of a file takes that file's keys (the name is
-relative to the file). Sections merge; lists, values and sections of another
-`kind` replace.
-"""
-_CONFIG_EXAMPLES = """\
-examples:
-  lm-trust config language
-  lm-trust config control
-  lm-trust config sft
-"""
 
 # The options beside a CONFIG that are not keys of it (`--output` is one, and text whatever it looks like).
 _VALUE_OPTIONS = ("--output", "--resume")
-_FLAGS = ("--help",)
+_FLAGS = ("--help", "--plot-only")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -208,8 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of everything but overrides; wrong usage is a UserError."""
     parser = _Parser(
         prog="lm-trust",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
+        description=texts.DESCRIPTION,
+        epilog=texts.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -230,8 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     train = command(
         "train",
         "train as a config file says",
-        _TRAIN,
-        _TRAIN_EXAMPLES,
+        texts.TRAIN,
+        texts.TRAIN_EXAMPLES,
         "CONFIG [--output DIR] [--section.key VALUE ...]\n"
         "       lm-trust train [CONFIG] --resume DIR [--section.key VALUE ...]",
     )
@@ -245,8 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     for name, summary, text, examples in (
-        ("sft", "fine-tune a language model on texts", _SFT, _SFT_EXAMPLES),
-        ("reward-model", "train a reward model on preferences", _REWARD_MODEL, _REWARD_MODEL_EXAMPLES),
+        ("sft", "fine-tune a language model on texts", texts.SFT, texts.SFT_EXAMPLES),
+        ("reward-model", "train a reward model on preferences", texts.REWARD_MODEL, texts.REWARD_MODEL_EXAMPLES),
     ):
         stage = command(name, summary, text, examples, "CONFIG [--output DIR] [--section.key VALUE ...]")
         stage.add_argument("config", metavar="CONFIG", help="YAML file")
@@ -258,8 +114,8 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         "evaluate a trained policy",
-        _EVALUATE,
-        _EVALUATE_EXAMPLES,
+        texts.EVALUATE,
+        texts.EVALUATE_EXAMPLES,
         "RUN [--count N] [--best]\n                         [--videos N] [--render]",
     )
     evaluate.add_argument("run", metavar="RUN", help="run folder")
@@ -282,8 +138,8 @@ def make_parser() -> argparse.ArgumentParser:
     generate = command(
         "generate",
         "print completions by a trained language model",
-        _GENERATE,
-        _GENERATE_EXAMPLES,
+        texts.GENERATE,
+        texts.GENERATE_EXAMPLES,
         'RUN "PROMPT" [--count N] [--max-new-tokens N]\n                         [--seed N] [--best | --reference]',
     )
     generate.add_argument("run", metavar="RUN", help="run folder of a language run")
@@ -308,8 +164,8 @@ def make_parser() -> argparse.ArgumentParser:
     merge = command(
         "merge",
         "write a run's model with its adapter merged",
-        _MERGE,
-        _MERGE_EXAMPLES,
+        texts.MERGE,
+        texts.MERGE_EXAMPLES,
         "RUN [--output DIR] [--best]",
     )
     merge.add_argument("run", metavar="RUN", help="run folder of a language run")
@@ -319,8 +175,8 @@ def make_parser() -> argparse.ArgumentParser:
     plot = command(
         "plot",
         "draw learning curves of several runs",
-        _PLOT,
-        _PLOT_EXAMPLES,
+        texts.PLOT,
+        texts.PLOT_EXAMPLES,
         "RUN... [--output FILE.png] [--metric KEY] [--x AXIS]",
     )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
@@ -335,8 +191,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--x", choices=("steps", "iteration", "seconds"), default="steps", help="the other axis (default: steps)"
     )
 
-    worlds = ("language", "control", "sft", "reward-model")
-    config = command("config", "list the keys of a config", _CONFIG, _CONFIG_EXAMPLES, f"{{{','.join(worlds)}}}")
+    compare = command(
+        "compare",
+        "compare update rules, matched by KL",
+        texts.COMPARE,
+        texts.COMPARE_EXAMPLES,
+        "CONFIG [--output DIR] [--plot-only] [--key VALUE ...]",
+    )
+    compare.add_argument("config", metavar="CONFIG", help="YAML file")
+    compare.add_argument("--output", metavar="DIR", help="its folder (default: runs/NAME for a CONFIG NAME.yaml)")
+    compare.add_argument("--plot-only", action="store_true", help="make the page again from what is in the folder")
+    compare.add_argument("--key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed")
+
+    worlds = ("language", "control", "compare", "sft", "reward-model")
+    config = command(
+        "config", "list the keys of a config", texts.CONFIG, texts.CONFIG_EXAMPLES, f"{{{','.join(worlds)}}}"
+    )
     config.add_argument("world", choices=worlds, help="the kind of run")
     return parser
 

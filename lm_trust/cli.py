@@ -1,4 +1,4 @@
-"""The command line: `lm-trust train | sft | reward-model | evaluate | generate | merge | plot | config`.
+"""The command line: `lm-trust train | sft | reward-model | evaluate | generate | merge | plot | compare | config`.
 
 What can be checked without loading a model is checked before anything heavy is imported, and what is wrong is
 told in `error:` lines on stderr with status 2. A run that a signal stopped exits with 130 (Ctrl-C) or 143
@@ -20,7 +20,12 @@ from lm_trust.errors import UserError
 if TYPE_CHECKING:
     from lm_trust.training.config import Config
 
-_WITH_CONFIG = ("train", "sft", "reward-model")  # the commands whose config's keys may stand on the command line
+_WITH_CONFIG = (
+    "train",
+    "sft",
+    "reward-model",
+    "compare",
+)  # the commands whose config's keys may stand on the command line
 # What a resumed run may change: how long it is, what is noted on the way, and where the same files lie now.
 _MAY_CHANGE = (
     "output",
@@ -53,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(parsed, overrides)
         if parsed.command in ("sft", "reward-model"):
             return _stage(parsed, overrides)
+        if parsed.command == "compare":
+            return _compare(parsed, overrides)
         commands = {
             "evaluate": _evaluate,
             "generate": _generate,
@@ -119,6 +126,18 @@ def _stage(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return stage(config, output)
 
 
+def _compare(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from lm_trust.compare.config import load_comparison
+
+    if parsed.output == "":
+        raise UserError("--output: must not be empty")
+    comparison = load_comparison(parsed.config, overrides, parsed.output)
+
+    from lm_trust.compare.run import compare, replot
+
+    return replot(comparison.output) if parsed.plot_only else compare(comparison)
+
+
 def _evaluate(parsed: argparse.Namespace) -> int:
     from lm_trust.training.config_file import load_config
 
@@ -168,11 +187,18 @@ def _plot(parsed: argparse.Namespace) -> int:
 
 
 def _config(parsed: argparse.Namespace) -> int:
+    from lm_trust.compare.config import CompareConfig
     from lm_trust.training.config import ControlConfig, LanguageConfig
     from lm_trust.training.config_help import key_listing
     from lm_trust.training.config_stages import RewardModelConfig, SftConfig
 
-    roots = {"language": LanguageConfig, "control": ControlConfig, "sft": SftConfig, "reward-model": RewardModelConfig}
+    roots = {
+        "language": LanguageConfig,
+        "control": ControlConfig,
+        "compare": CompareConfig,
+        "sft": SftConfig,
+        "reward-model": RewardModelConfig,
+    }
     print(key_listing(roots[parsed.world]), flush=True)
     return 0
 

@@ -27,7 +27,7 @@ def evaluate_policy(policy: nn.Module, environments: Environments) -> dict[str, 
 
     Returns:
         reward_mean (unscaled return of an episode), reward_interval [low, high] (95 %, Student's t; None for
-        a single episode), count, length_mean.
+        a single episode), count, length_mean, and returns, those of each episode.
 
     Raises:
         UserError: an episode did not end.
@@ -51,6 +51,7 @@ def evaluate_policy(policy: nn.Module, environments: Environments) -> dict[str, 
         "reward_interval": t_interval(returns),
         "count": environments.count,
         "length_mean": float(lengths.mean()),
+        "returns": returns.tolist(),
     }
 
 

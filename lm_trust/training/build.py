@@ -139,12 +139,7 @@ def _language_world(config: LanguageConfig) -> World:
         policy,
         task,
         _language_critic(config, policy),
-        build_update(
-            config,
-            microbatch_size=rollout.microbatch_size,
-            reference_loss=config.reference.loss,
-            reference_budget=config.reference.budget,
-        ),
+        build_update(config),
         config.advantage,
         iterations=config.iterations,
         reference_penalty=config.reference.penalty,

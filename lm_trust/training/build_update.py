@@ -29,15 +29,14 @@ _RULES = {
 }
 
 
-def build_update(config: Config, **shared: float | int | None) -> UpdateRule:
-    """The rule that `config.update` describes.
-
-    Args:
-        config: of a run.
-        shared: settings from other sections: microbatch_size, reference_loss and reference_budget.
-    """
+def build_update(config: Config) -> UpdateRule:
+    """The rule that a run's `update` section describes, with what other sections say of it."""
     kind = config.update.kind
-    settings = config.update.model_dump(exclude={"kind"}) | shared
+    settings = config.update.model_dump(exclude={"kind"})
+    if isinstance(config, LanguageConfig):
+        settings["microbatch_size"] = config.rollout.microbatch_size
+        settings["reference_loss"] = config.reference.loss
+        settings["reference_budget"] = config.reference.budget
     if kind == "natural_gradient":
         settings.pop("reference_budget", None)  # null: the config refuses any other
     if settings.get("fisher_method") == "auto" and isinstance(config, LanguageConfig) and config.model.autocast:

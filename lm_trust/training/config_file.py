@@ -13,9 +13,9 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lm_trust.errors import UserError
 from lm_trust.training.config import GROUPED, Config, ControlConfig, LanguageConfig
@@ -28,12 +28,16 @@ BUNDLED_MODEL = "smollm2-135m"
 _DEEPEST = 8  # parts of an override's key; no config is nearly as deep
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
+Layer = tuple[str, dict[str, Any]]  # a mapping, and what messages call the place that it comes from
+Root = TypeVar("Root", bound=BaseModel)
+
 
 def load_config(
     path: str | os.PathLike,
     overrides: Sequence[tuple[str, str]] = (),
     *,
     root: type[StageConfig] | None = None,
+    layers: Sequence[Layer] = (),
     check_files: bool = True,
 ) -> Config | StageConfig:
     """The validated config of a file: defaults filled in, `output` chosen, local paths absolute.
@@ -45,28 +49,29 @@ def load_config(
         root: the stage that the config is of; without it a run of either world, told by its sections.
         check_files: whether the prompts, the adapter and a local model must exist; a finished run can be
             looked at without its prompts.
+        layers: mappings between the file and the overrides, each with the name of its place.
 
     Raises:
         UserError: one line for each problem.
     """
     path = os.fspath(path)
-    if "\0" in path:
-        raise UserError(f"{plain(path)}: a file's name cannot hold a null byte")
-    sources: dict[Key, str] = {}
-    layers = [*_layers(path, ()), (COMMAND_LINE, _override_layer(overrides))]
-    root = root or _world(layers, path)
-    tree: dict[str, Any] = {}
-    for source, layer in [(path, _default_kinds(root, layers)), *layers]:
-        tree = _merge(tree, layer, source, sources)
-    try:
-        config = root.model_validate(tree)
-    except ValidationError as error:
-        found = problems_of(error, root, ControlConfig if root is LanguageConfig else LanguageConfig)
-        raise UserError(_lines(found, sources, path)) from None
+    stack = _stack(path, layers, overrides)
+    root = root or _world(stack, path)
+    config, sources = _validated(root, [(path, _default_kinds(root, stack)), *stack], path)
     config, found = _resolve(config, path, check_files)
     if found:
         raise UserError(_lines(found, sources, path))
     return config
+
+
+def load_plain(path: str | os.PathLike, root: type[Root], overrides: Sequence[tuple[str, str]] = ()) -> Root:
+    """The validated config of a file that describes no run or stage: nothing in it is looked up or filled in.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    path = os.fspath(path)
+    return _validated(root, _stack(path, (), overrides), path)[0]
 
 
 def dump(config: Config | StageConfig) -> str:
@@ -77,7 +82,26 @@ def dump(config: Config | StageConfig) -> str:
 # ---- layers
 
 
-def _layers(path: str, children: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _stack(path: str, layers: Sequence[Layer], overrides: Sequence[tuple[str, str]]) -> list[Layer]:
+    if "\0" in path:
+        raise UserError(f"{plain(path)}: a file's name cannot hold a null byte")
+    return [*_layers(path, ()), *layers, (COMMAND_LINE, _override_layer(overrides))]
+
+
+def _validated(root: type[Root], stack: Sequence[Layer], path: str) -> tuple[Root, dict[Key, str]]:
+    """The config that the layers make, and which of them each key was last set by."""
+    sources: dict[Key, str] = {}
+    tree: dict[str, Any] = {}
+    for source, layer in stack:
+        tree = _merge(tree, layer, source, sources)
+    try:
+        return root.model_validate(tree), sources
+    except ValidationError as error:
+        found = problems_of(error, root, ControlConfig if root is LanguageConfig else LanguageConfig)
+        raise UserError(_lines(found, sources, path)) from None
+
+
+def _layers(path: str, children: tuple[str, ...]) -> Iterator[Layer]:
     """The (file, mapping) layers of a file, its furthest ancestor first."""
     real = os.path.realpath(path)
     if real in children:
@@ -176,7 +200,7 @@ def _merge_items(items: list[Any], layer: dict[str, Any], source: str, sources: 
     return [merged[str(index)] for index in range(len(items))]
 
 
-def _world(layers: list[tuple[str, dict[str, Any]]], path: str) -> type[LanguageConfig] | type[ControlConfig]:
+def _world(layers: Sequence[Layer], path: str) -> type[LanguageConfig] | type[ControlConfig]:
     """Which world a config is of: told by the section that only one of them has."""
     names = {name for _, layer in layers for name in layer}
     if {"data", "model"} <= names:
@@ -195,7 +219,7 @@ def _world(layers: list[tuple[str, dict[str, Any]]], path: str) -> type[Language
     return ControlConfig if "environment" in names else LanguageConfig
 
 
-def _default_kinds(root: type[Config | StageConfig], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def _default_kinds(root: type[Config | StageConfig], layers: Sequence[Layer]) -> dict[str, Any]:
     """The layer below all files: it lets a section leave out its kind where the default is meant."""
     if root in (SftConfig, RewardModelConfig):  # no section of theirs has kinds
         return {}

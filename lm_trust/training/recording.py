@@ -84,8 +84,8 @@ class Recorder:
         self._best.offer(self._located(record))
 
     def evaluation_line(self, record: dict[str, Any]) -> dict[str, Any]:
-        """An evaluation as a line of evaluations.jsonl: where it stands, and its numbers."""
-        return {key: value for key, value in self._located(record).items() if key != "samples"}
+        """An evaluation as a line of evaluations.jsonl: where it stands, and its numbers of all samples or episodes."""
+        return {key: value for key, value in self._located(record).items() if key not in ("samples", "returns")}
 
     def _located(self, record: dict[str, Any]) -> dict[str, Any]:
         return {"iteration": self._trainer.iteration, "steps": self._trainer.task.steps, **record}

@@ -55,6 +55,32 @@ class UpdateRule(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Experience:
+    """A rollout, and what the learner makes of it before it learns.
+
+    Attributes:
+        rollout: as collected.
+        scores: (B, T) of each step, by the names that messages call them; see `Trainer._score`.
+        values, advantages, returns: (B, T).
+        batch: what the update sees; None where a number is not finite, and nothing may learn from it: what is not
+            finite stays so in whatever it once got into.
+        offender: that number and where it stands, in words; None where there is a batch.
+        metrics: to log.
+        rollout_seconds: that collecting and scoring took.
+    """
+
+    rollout: Rollout
+    scores: dict[str, Tensor]
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    batch: Batch | None
+    offender: str | None
+    metrics: dict[str, float]
+    rollout_seconds: float
+
+
 @dataclass
 class Trainer:
     """Everything that one iteration needs, and its state.
@@ -90,36 +116,23 @@ class Trainer:
         """One iteration; returns its line of metrics."""
         started = time.perf_counter()
         steps_before = self.task.steps
-        rollout = self._collect()
-        with torch.no_grad():
-            old = self.policy.distribution(rollout.observations).detach()
-            scores, metrics = self._score(rollout, old)
-        collected = time.perf_counter()
-
-        values, next_values = self.critic.values(rollout)
-        advantages, returns = estimate_advantages(self.advantage, rollout, scores["reward"], values, next_values)
-        if self.adaptive_penalty is not None:
-            metrics["reference_penalty"] = self.reference_penalty
-        offender = first_non_finite(scores | {"value": values, "advantage": advantages}, rollout.mask)
-        if offender is None:
-            progress = self.iteration / self.iterations
-            batch = _batch(rollout, old, scores["log-probability"], advantages, progress=progress)
-            finish_fit = self.critic.start_fit(rollout, returns, values, progress)
+        experience = self.experience()
+        rollout, batch, metrics = experience.rollout, experience.batch, experience.metrics
+        if batch is not None:
+            finish_fit = self.critic.start_fit(rollout, experience.returns, experience.values, batch.progress)
             report = self.update.step(self.policy, batch)
             fitted = finish_fit()
             if self.adaptive_penalty is not None:
                 self.reference_penalty = adapted_penalty(
                     self.adaptive_penalty, self.reference_penalty, metrics["reference_kl"], len(rollout.actions)
                 )
-        else:  # nothing may learn from it: what is not finite stays so in whatever it once got into
-            place = self.task.describe(rollout, offender.row, offender.step)
-            what = f"the {offender.quantity} is {offender.value} at {place}"
-            report = StepReport(False, "non_finite", metrics={"offender": what})
+        else:
+            report = StepReport(False, "non_finite", metrics={"offender": experience.offender})
             fitted = {"value_loss": None, "explained_variance": None}
         self.task.after_update(self.policy, rollout)
-        self.samples = _samples(rollout, scores, advantages)
+        self.samples = _samples(rollout, experience.scores, experience.advantages)
         self.iteration += 1
-        ended = time.perf_counter()
+        seconds = time.perf_counter() - started
         return {
             "iteration": self.iteration,
             "steps": self.task.steps,
@@ -127,11 +140,34 @@ class Trainer:
             **metrics,
             **report.as_metrics(),
             **fitted,
-            "rollout_seconds": collected - started,
-            "update_seconds": ended - collected,
-            "iteration_seconds": ended - started,
-            "steps_per_second": (self.task.steps - steps_before) / (ended - started),
+            "rollout_seconds": experience.rollout_seconds,
+            "update_seconds": seconds - experience.rollout_seconds,
+            "iteration_seconds": seconds,
+            "steps_per_second": (self.task.steps - steps_before) / seconds,
         }
+
+    def experience(self) -> Experience:
+        """The next rollout of the policy as it is, scored, valued and made a batch; policy and critic learn nothing."""
+        started = time.perf_counter()
+        rollout = self._collect()
+        with torch.no_grad():
+            old = self.policy.distribution(rollout.observations).detach()
+            scores, metrics = self._score(rollout, old)
+        rollout_seconds = time.perf_counter() - started
+
+        values, next_values = self.critic.values(rollout)
+        advantages, returns = estimate_advantages(self.advantage, rollout, scores["reward"], values, next_values)
+        if self.adaptive_penalty is not None:
+            metrics["reference_penalty"] = self.reference_penalty
+        found = first_non_finite(scores | {"value": values, "advantage": advantages}, rollout.mask)
+        batch, offender = None, None
+        if found is None:
+            progress = self.iteration / self.iterations
+            batch = _batch(rollout, old, scores["log-probability"], advantages, progress=progress)
+        else:
+            place = self.task.describe(rollout, found.row, found.step)
+            offender = f"the {found.quantity} is {found.value} at {place}"
+        return Experience(rollout, scores, values, advantages, returns, batch, offender, metrics, rollout_seconds)
 
     @property
     def collecting(self) -> bool:
@@ -174,14 +210,19 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        self.iteration = state["iteration"]
+    def restore_policy(self, state: dict[str, Any]) -> None:
+        """Make the policy, and it alone, what it was when `state_dict` was taken, bit for bit."""
         for parameter, saved in zip(trainable_parameters(self.policy), state["policy"], strict=True):
             parameter.copy_(saved)
         for name, buffer in self.policy.named_buffers():
             if name in state["buffers"]:
                 buffer.copy_(state["buffers"][name])
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.iteration = state["iteration"]
+        self.restore_policy(state)
         self.critic.load_state_dict(state["critic"])
         self.update.load_state_dict(state["update"])
         self.task.load_state_dict(state["task"])

@@ -38,6 +38,7 @@ def test_every_episode_counts_once_however_long(clocks):
     result = evaluate_policy(policy_for(environments), environments)
     assert result["count"] == 6
     assert result["reward_mean"] == result["length_mean"] == pytest.approx(3.5)
+    assert result["returns"] == [1, 2, 3, 4, 5, 6]
     assert [len(env.resets) for env in environments.envs] == [3] * 6  # made, begun, and after its one end
 
 

@@ -13,7 +13,6 @@ from lm_trust.updates.adam_rule import AdamRule
 from lm_trust.updates.ppo_clip import PPOClip
 
 SECTIONS = variants(Update)
-SHARED = {"microbatch_size": 4, "reference_loss": 0.1, "reference_budget": None}
 TINY = {"total_steps": 32, "environment": {"id": "CartPole-v1", "count": 2}, "rollout": {"steps": 16}, "trackers": []}
 
 
@@ -44,16 +43,27 @@ def test_the_config_and_the_rule_have_the_same_defaults(kind):
             assert defaults[name] == field.default, name
 
 
-@pytest.mark.parametrize("kind", SECTIONS)
-def test_every_kind_is_built_in_both_worlds(kind):
-    language = LanguageConfig(
+def language(**update):
+    return LanguageConfig(
         iterations=1,
         model={"path": "x"},
         prompts={"path": "p.jsonl"},
         rewards=[{"name": "vader"}],
-        update={"kind": kind},
+        rollout={"microbatch_size": 4, "batch_size": 8},
+        reference={"loss": 0.1, "budget": None if update["kind"] == "natural_gradient" else 2.0},
+        update=update,
     )
-    assert type(build_update(language, **SHARED)) is type(build_update(control(kind=kind))) is _RULES[kind]
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_every_kind_is_built_in_both_worlds(kind):
+    assert type(build_update(language(kind=kind))) is type(build_update(control(kind=kind))) is _RULES[kind]
+
+
+@pytest.mark.parametrize("kind", ["trpo", "ppo_clip"])
+def test_what_other_sections_say_of_an_update_reaches_the_rule(kind):
+    rule = build_update(language(kind=kind))
+    assert (rule.microbatch_size, rule.reference_loss, rule.reference_budget) == (4, 0.1, 2.0)
 
 
 def test_settings_the_discount_and_the_seed_reach_the_rule():

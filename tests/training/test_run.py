@@ -445,7 +445,7 @@ def test_the_folder_of_a_control_run(runs):
     assert all(line.keys() >= SHARED | {"clip_fraction"} for line in lines)
     assert [line["steps"] for line in lines] == [64, 128, 192, 256]
     evaluation = runs.evaluation(run)
-    assert evaluation.keys() == {"after"} and evaluation["after"].keys() == EVALUATED | {"length_mean"}
+    assert evaluation.keys() == {"after"} and evaluation["after"].keys() == EVALUATED | {"length_mean", "returns"}
 
     saved = load_file(run / "policy.safetensors")
     assert saved["normaliser.count"] == 256  # so that the policy sees what it was trained on

@@ -1,0 +1,1 @@
+"""Update rules side by side: runs that differ in nothing else, matched by the KL that they realised."""

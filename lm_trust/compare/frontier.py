@@ -1,0 +1,157 @@
+"""Reward over realised KL: a rule's frontier over its knob values, and rules side by side at the same KL.
+
+A run that reached more KL has had more of what buys reward, so rules are compared where they are equally far from where
+they started. A rule is given its best knob value at each KL, the same for all seeds: a choice a seed would flatter. The
+best of several means flatters too, the more the more values a rule has been tried with, and no interval here knows of
+that choice: give each rule as many values.
+
+A rule counts as having reached a KL where every seed of the comparison has. The mean over the seeds that got there
+would leave out those that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm_trust.compare.statistics import bootstrap_mean, interquartile_mean, probability_of_improvement
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Rewards at the KLs that one run went through (language), or one seed's runs at all knob values (control).
+
+    Attributes:
+        rule: its name.
+        value: of the rule's knob; None where the curve goes through several.
+        seed: of the run or runs.
+        kl: (M,) nats, in the order of training (language) or rising (control).
+        reward: (M,) held-out; NaN where an evaluation failed, and such a point is left out.
+    """
+
+    rule: str
+    value: float | None
+    seed: int
+    kl: np.ndarray
+    reward: np.ndarray
+
+
+def reward_at(curve: Curve, kl: float) -> float | None:
+    """The reward where the curve first is at a KL, linear between its points; None where it never is.
+
+    A trajectory may go back and forth, and may come to the KL from above.
+    """
+    places, rewards = np.asarray(curve.kl, dtype=float), np.asarray(curve.reward, dtype=float)
+    known = np.isfinite(places) & np.isfinite(rewards)
+    places, rewards = places[known], rewards[known]
+    for index, place in enumerate(places):
+        if place == kl:
+            return float(rewards[index])
+        if index and (places[index - 1] < kl) != (place < kl):
+            share = (kl - places[index - 1]) / (place - places[index - 1])
+            return float((1 - share) * rewards[index - 1] + share * rewards[index])
+    return None
+
+
+def frontier(curves: Sequence[Curve], grid: np.ndarray) -> list[dict[str, Any]]:
+    """Each rule's best mean reward over all seeds at the KLs of the grid that it reached.
+
+    Returns:
+        An entry a rule, in the curves' order: {"rule", "kl", "reward", "low", "high", "value"}, lists of equal length:
+        the mean over seeds, the ends of its 95 % interval (None for a single seed) and the knob value that it is of.
+    """
+    seeds = _seeds(curves)
+    entries = []
+    for rule, members in _by_rule(curves).items():
+        found = [(float(kl), _best(members, kl)) for kl in grid]
+        reached = [(kl, best.value, bootstrap_mean(best.rewards)) for kl, best in found if len(best.rewards) == seeds]
+        entry = {
+            "rule": rule,
+            "kl": [kl for kl, _, _ in reached],
+            "reward": [mean.value for _, _, mean in reached],
+            "low": [mean.low for _, _, mean in reached],
+            "high": [mean.high for _, _, mean in reached],
+            "value": [value for _, value, _ in reached],
+        }
+        entries.append(entry)
+    return entries
+
+
+def matched_table(curves: Sequence[Curve], kls: Sequence[float]) -> list[dict[str, Any]]:
+    """Each rule at each KL, by its best knob value there.
+
+    Returns:
+        Rows {"kl", "rule", "value", "seeds", "reached", "mean", "low", "high", "iqm", "iqm_low", "iqm_high"}: mean and
+        interquartile mean over the seeds. Where not all seeds reached the KL they are None, `value` is the one with
+        which most did (None where none did), and `reached` says how many.
+    """
+    seeds = _seeds(curves)
+    rows = []
+    for kl in kls:
+        for rule, members in _by_rule(curves).items():
+            best = _best(members, kl)
+            reached = len(best.rewards)
+            row = {"kl": kl, "rule": rule, "value": best.value if reached else None, "seeds": seeds, "reached": reached}
+            mean = iqm = (None, None, None)
+            if reached == seeds:
+                mean, iqm = bootstrap_mean(best.rewards), interquartile_mean(best.rewards)
+            row |= zip(("mean", "low", "high"), mean, strict=True)
+            row |= zip(("iqm", "iqm_low", "iqm_high"), iqm, strict=True)
+            rows.append(row)
+    return rows
+
+
+def improvement_table(curves: Sequence[Curve], kls: Sequence[float]) -> list[dict[str, Any]]:
+    """The probability that a run of one rule is better than a run of another, each by its best knob value at the KL.
+
+    Returns:
+        Rows {"kl", "rule", "other", "probability", "low", "high"}: P(rule > other), for every ordered pair of rules
+        that all seeds of both reached.
+    """
+    seeds = _seeds(curves)
+    rows = []
+    for kl in kls:
+        found = {rule: _best(members, kl).rewards for rule, members in _by_rule(curves).items()}
+        reached = {rule: rewards for rule, rewards in found.items() if len(rewards) == seeds}
+        for rule, rewards in reached.items():
+            for other in reached:
+                if other != rule:
+                    wins = probability_of_improvement(rewards, reached[other])
+                    row = {"kl": kl, "rule": rule, "other": other, "probability": wins.value}
+                    rows.append(row | {"low": wins.low, "high": wins.high})
+    return rows
+
+
+class _Best(NamedTuple):
+    """A rule at a KL: the knob value that stands for it, and the rewards of the seeds that reached the KL with it."""
+
+    value: float | None
+    rewards: list[float]
+
+
+def _best(curves: Sequence[Curve], kl: float) -> _Best:
+    """Of one rule's knob values the one that most seeds reached the KL with, and of several such the highest mean."""
+    rewards: dict[float | None, list[float]] = {}
+    for curve in curves:
+        reward = reward_at(curve, kl)
+        rewards.setdefault(curve.value, []).extend([] if reward is None else [reward])
+    return max((_Best(*item) for item in rewards.items()), key=_rank)
+
+
+def _rank(best: _Best) -> tuple[int, float]:
+    return len(best.rewards), float(np.mean(best.rewards)) if best.rewards else -np.inf
+
+
+def _by_rule(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    members: dict[str, list[Curve]] = {}
+    for curve in curves:
+        members.setdefault(curve.rule, []).append(curve)
+    return members
+
+
+def _seeds(curves: Sequence[Curve]) -> int:
+    """How many the comparison has; all rules have the same."""
+    return len({curve.seed for curve in curves})

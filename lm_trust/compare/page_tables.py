@@ -1,0 +1,189 @@
+"""The report's tables and its completions, as rows of text for the template; what is missing is a dash."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_trust.compare.figure_parts import cell_text, knob_text, known
+from lm_trust.compare.figures import limit_at
+
+# By chance all n runs of one rule are above, or below, all n of another in 2 of (2 n over n) orders: for fewer than
+# four in more than 5 %, so that even an interval of no width supports nothing.
+ENOUGH_SEEDS = 4
+MISSING = "\u2013"  # a dash
+
+Line = Mapping[str, Any]
+
+
+def number(value: Any) -> str:
+    """Three digits, or all that are before the point; a dash for what is not a finite number."""
+    if not known(value):
+        return MISSING
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", "\u2212")  # the minus sign is as wide as a digit
+
+
+def estimate(value: Any, low: Any, high: Any) -> str:
+    """A value with its interval, or without where there is none."""
+    if not known(value) or not known(low) or not known(high):
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def matched(report: Line) -> list[dict[str, Any]]:
+    """The rules at each KL, as {"kl", "rows"}; the last row of a KL is what it can buy at most, where that is known."""
+    groups = []
+    for kl in sorted({row["kl"] for row in report.get("matched") or ()}):
+        rows = []
+        for row in report["matched"]:
+            if row["kl"] == kl:
+                seeds, reached = row["seeds"], row.get("reached", row["seeds"])
+                mean = estimate(row["mean"], row["low"], row["high"])
+                iqm = estimate(row["iqm"], row["iqm_low"], row["iqm_high"])
+                if row["mean"] is None:
+                    mean, iqm = f"not reached by {seeds - reached} of {seeds} seeds", MISSING
+                rows.append([row["rule"], mean, iqm, knob_text(row["value"]) or MISSING, str(seeds)])
+        groups.append({"kl": _nats(kl), "rows": rows, "limit": _most(report, kl)})
+    return groups
+
+
+def _nats(kl: float) -> str:
+    return f"{number(kl)} nat{'' if kl == 1 else 's'}"
+
+
+def _most(report: Line, kl: float) -> str | None:
+    limit = limit_at(report.get("limit"), kl)
+    return limit and estimate(limit["reward"], limit["low"], limit["high"])
+
+
+def improvement(report: Line) -> list[dict[str, Any]]:
+    """A matrix a KL of P(row's rule > column's rule), as {"kl", "rules", "rows"}; a cell is (text, one-sided).
+
+    One-sided is what its interval supports: "ahead" where all of it is above a half, "behind" below it, else "". With
+    fewer than `ENOUGH_SEEDS` it is always "".
+    """
+    matrices = []
+    rows, enough = report.get("improvement") or (), len(report.get("seeds") or ()) >= ENOUGH_SEEDS
+    for kl in sorted({row["kl"] for row in rows}):
+        cells = {(row["rule"], row["other"]): row for row in rows if row["kl"] == kl}
+        rules = list(dict.fromkeys(rule for pair in cells for rule in pair))
+        matrices.append({
+            "kl": _nats(kl),
+            "rules": rules,
+            "rows": [(rule, [_wins(cells.get((rule, other)), enough) for other in rules]) for rule in rules],
+        })  # fmt: skip
+    return matrices
+
+
+def _wins(row: Line | None, enough: bool) -> tuple[str, str]:
+    if row is None:
+        return "", ""
+    low, high = row["low"], row["high"]
+    side = "ahead" if known(low) and low > 0.5 else "behind" if known(high) and high < 0.5 else ""
+    return estimate(row["probability"], low, high), side if enough else ""
+
+
+def study(report: Line) -> list[dict[str, Any]]:
+    """The one-update study, as {"rule", "error", "cells"}."""
+    rows = []
+    for row in (report.get("one_update") or {}).get("rows") or ():
+        within = {True: "yes", False: "no"}.get(row.get("within"), MISSING)
+        cells = [
+            knob_text(row.get("value")) or MISSING,
+            "yes" if row.get("accepted") else "no",
+            number(row.get("batch_gain")),
+            number(row.get("predicted_gain")),
+            estimate(row.get("fresh_gain"), row.get("fresh_low"), row.get("fresh_high")),
+            estimate(row.get("improvement"), row.get("improvement_low"), row.get("improvement_high")),
+            number(row.get("step_kl")),
+            number(row.get("step_kl_max")),
+            number(row.get("bound")),
+            within,
+            number(row.get("reference_kl")),
+            number(row.get("seconds")),
+        ]
+        rows.append({"rule": row["rule"], "error": row.get("error"), "cells": cells})
+    return rows
+
+
+def cells(report: Line) -> list[dict[str, Any]]:
+    """Every run, as {"rule", "status", "cells"}."""
+    rows = []
+    for cell in report.get("cells") or ():
+        low, high = cell.get("reward_interval") or (None, None)
+        share = cell.get("violations")
+        texts = [
+            knob_text(cell.get("value")) or MISSING,
+            str(cell["seed"]),
+            cell["status"],
+            number(cell.get("iterations")),
+            number(cell.get("steps")),
+            number(cell.get("gradients")),
+            number(cell.get("seconds")),
+            number(cell.get("update_seconds")),
+            estimate(cell.get("reward"), low, high),
+            number(cell.get("reference_kl")),
+            number(cell.get("step_kl")),
+            number(cell.get("step_kl_max")),
+            number(cell.get("bound")),
+            f"{share:.1%}" if known(share) else MISSING,
+        ]
+        rows.append({"rule": cell["rule"], "status": cell["status"], "cells": texts})
+    return rows
+
+
+def failures(report: Line) -> list[tuple[str, str]]:
+    """(which run, what it said) of the runs that failed."""
+    return [
+        (f"{cell_text(cell['rule'], cell.get('value'))}, seed {cell['seed']}", cell.get("error") or "no message")
+        for cell in report.get("cells") or ()
+        if cell["status"] == "failed"
+    ]
+
+
+def completions(report: Line, rules: Sequence[str]) -> list[dict[str, Any]]:
+    """The held-out prompts with what each rule made of them, as {"prompt", "texts", "rewards"}.
+
+    A text is {"rule", "note", "completion", "reward"}; the reference's has no rule. `rewards` has the finite ones. A
+    completion's first space, which joins it to the prompt, is left out.
+    """
+    cards = []
+    for entry in report.get("completions") or ():
+        given = entry.get("rules") or {}
+        found = [(None, "the start", entry["reference"])] if entry.get("reference") else []
+        found += [(rule, _note(given[rule]), given[rule]) for rule in rules if given.get(rule)]
+        texts = [
+            {
+                "rule": rule,
+                "note": note,
+                "completion": printable(text["completion"].removeprefix(" ")),
+                "reward": number(text["reward"]),
+            }
+            for rule, note, text in found
+        ]
+        rewards = {rule or "reference": text["reward"] for rule, _, text in found if known(text["reward"])}
+        cards.append({"prompt": printable(entry["prompt"]), "texts": texts, "rewards": rewards})
+    return cards
+
+
+def _note(text: Line) -> str:
+    kl = _nats(text["kl"]) if known(text.get("kl")) else ""
+    return ", ".join(part for part in (knob_text(text.get("value")), kl) if part)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what could not be seen or would turn its neighbours round.
+
+    These are control characters other than tabs and line ends, halves of surrogate pairs, and overrides of direction.
+    """
+    return "".join(
+        character.encode("unicode_escape").decode("ascii") if _is_escaped(character) else character
+        for character in text
+    )
+
+
+def _is_escaped(character: str) -> bool:
+    hidden = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+    return hidden or unicodedata.bidirectional(character) in ("LRO", "RLO")

@@ -1,0 +1,167 @@
+"""A comparison's numbers put together: report.json for the page, results.parquet for people's own plots."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from lm_trust.compare.config import Comparison
+from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table
+from lm_trust.compare.results import CellResult, curves_of, read_cell, same_start, side_by_side
+from lm_trust.compare.summary import summarise
+from lm_trust.errors import UserError
+from lm_trust.training.config_file import dump
+from lm_trust.training.config_yaml import write_yaml
+from lm_trust.training.run_folder import RunFolder, json_text
+
+REPORT, RESULTS, PAGE = "report.json", "results.parquet", "report.html"
+_GRID = 40  # KLs at which the frontier is drawn
+_PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy", "scipy")
+_COLUMNS = pyarrow.schema(
+    [
+        ("rule", pyarrow.string()),
+        ("value", pyarrow.float64()),
+        ("seed", pyarrow.int64()),
+        ("bound", pyarrow.float64()),
+        ("seconds", pyarrow.float64()),
+        ("gradients", pyarrow.float64()),
+        ("iteration", pyarrow.int64()),
+        ("steps", pyarrow.int64()),
+        ("accepted", pyarrow.bool_()),
+        *(
+            (name, pyarrow.float64())
+            for name in (
+                "reward_mean",
+                "reference_kl",
+                "step_kl",
+                "step_kl_max",
+                "surrogate_gain",
+                "predicted_gain",
+                "entropy",
+                "clip_fraction",
+                "rollout_seconds",
+                "update_seconds",
+            )
+        ),
+    ]
+)
+
+
+def make_report(
+    comparison: Comparison, limit: dict[str, Any] | None, one_update: dict[str, Any] | None
+) -> tuple[dict[str, Any], pyarrow.Table]:
+    """(report, results) from the run folders as they are, finished or not.
+
+    Args:
+        comparison: validated.
+        limit, one_update: what the stages of these names found; None where there are none.
+    """
+    config, language = comparison.config, comparison.language
+    results = [read_cell(cell) for cell in comparison.cells]
+    curves = curves_of(results, language=language)
+    kls = list(config.matched_kl)
+    matched = matched_table(curves, kls)
+    report = {
+        "title": config.title or comparison.output.name.replace("_", " "),
+        "world": "language" if language else "control",
+        "x_label": "reference KL, nats a sequence" if language else "mean step KL, nats a step",
+        "reward_label": "held-out reward" if language else "return of the final policy",
+        "steps_label": "completion tokens" if language else "environment steps",
+        "created": datetime.date.today().isoformat(),
+        "versions": _versions(),
+        "config": write_yaml(config.model_dump()),
+        "cell_configs": {cell.rule: dump(cell.config) for cell in reversed(comparison.cells)},
+        "rules": _rules(comparison),
+        "seeds": config.seeds,
+        "cells": [one.summary for one in results],
+        "same_start": same_start(results),
+        "trajectories": [one.trajectory for one in results if one.trajectory],
+        "frontier": frontier(curves, _grid(curves)) if curves else [],
+        "matched": matched,
+        "improvement": improvement_table(curves, kls),
+        "limit": limit,
+        "one_update": one_update,
+        "completions": side_by_side(results, _shown_values(comparison, matched), config.seeds[0]) if language else [],
+    }
+    report["summary"] = summarise(report, curves)
+    return report, _table(results)
+
+
+def write_report(output: Path, report: dict[str, Any], rows: pyarrow.Table) -> None:
+    """report.json and results.parquet, each whole or not at all.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    folder = RunFolder(output)
+    folder.replace(REPORT, json_text(report))
+    with folder.writing(RESULTS):
+        temporary = output / f".{RESULTS}.tmp"
+        parquet.write_table(rows, temporary)
+        os.replace(temporary, output / RESULTS)
+
+
+def read_report(output: Path) -> tuple[dict[str, Any], pyarrow.Table]:
+    """What `write_report` wrote.
+
+    Raises:
+        UserError: it is not there, or not whole.
+    """
+    try:
+        return json.loads((output / REPORT).read_text(encoding="utf-8")), parquet.read_table(output / RESULTS)
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        raise UserError(f"{output}: there is no {name} yet; run lm-trust compare without --plot-only") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{output}: {REPORT} or {RESULTS} cannot be read ({error}); make them again") from error
+
+
+def _rules(comparison: Comparison) -> list[dict[str, Any]]:
+    first = {cell.rule: cell for cell in reversed(comparison.cells)}
+    return [
+        {
+            "name": name,
+            "kind": first[name].config.update.kind,
+            "knob": rule.knob,
+            "values": rule.values,
+            "bounded": hasattr(first[name].config.update, "max_kl"),
+            "also": write_yaml(rule.also) if rule.also else None,
+        }
+        for name, rule in comparison.config.rules.items()
+    ]
+
+
+def _grid(curves: Sequence[Curve]) -> np.ndarray:
+    """KLs from the least to the greatest that any rule had."""
+    found = np.concatenate([curve.kl for curve in curves])
+    return np.linspace(found.min(), found.max(), _GRID)
+
+
+def _shown_values(comparison: Comparison, matched: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The value of each rule's knob whose completions are shown: that of the largest KL it is compared at."""
+    values = {cell.rule: cell.value for cell in reversed(comparison.cells)}
+    chosen = {
+        row["rule"]: row["value"] for row in sorted(matched, key=lambda row: row["kl"]) if row["mean"] is not None
+    }
+    return values | chosen
+
+
+def _versions() -> dict[str, str]:
+    versions = {"lm_trust": metadata.version("lm_trust"), "python": platform.python_version()}
+    for package in _PACKAGES:
+        versions[package] = metadata.version(package)
+    return versions
+
+
+def _table(results: Sequence[CellResult]) -> pyarrow.Table:
+    return pyarrow.Table.from_pylist([row for one in results for row in one.rows], schema=_COLUMNS)

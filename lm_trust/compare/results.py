@@ -1,0 +1,220 @@
+"""What the runs of a comparison left in their folders, as tables: of iterations, of cells, of held-out evaluations.
+
+Divergence, the axis that rules are compared along, is the exact reference KL of the held-out completions in the
+language world. A control run has no reference: there it is the mean exact step KL of its updates so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from lm_trust.compare.config import Cell
+from lm_trust.compare.frontier import Curve
+from lm_trust.compare.running import failure, is_finished
+from lm_trust.training.config import Config
+from lm_trust.training.run_folder import RunFolder
+
+FORWARD = 1 / 3  # of a gradient: a pass without the backward one, which costs twice as much
+
+Line = dict[str, Any]
+
+# The columns that are taken over from metrics.jsonl as they are.
+_COPIED = (
+    "iteration",
+    "steps",
+    "reward_mean",
+    "reference_kl",
+    "step_kl",
+    "step_kl_max",
+    "surrogate_gain",
+    "predicted_gain",
+    "accepted",
+    "entropy",
+    "clip_fraction",
+    "rollout_seconds",
+    "update_seconds",
+)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What is known of a cell.
+
+    Attributes:
+        summary: its line in report["cells"].
+        rows: its lines in results.parquet.
+        trajectory: its held-out evaluations, for report["trajectories"]; None where there is none.
+        first_batch: numbers of the first batch, which is sampled before any update.
+        samples: the held-out completions before and after (language).
+    """
+
+    cell: Cell
+    summary: Line
+    rows: list[Line]
+    trajectory: Line | None
+    first_batch: tuple[float | None, ...]
+    samples: dict[str, list[Line]]
+
+
+def gradients(line: Line, config: Config) -> float:
+    """What an update cost in gradients of the whole batch: passes over its tokens, with the backward one counted.
+
+    A Fisher product is counted as a gradient on its share of the rows, a measurement of the whole batch as a forward
+    pass. The pass that scores the batch under the policy that sampled it is common to all rules and not counted.
+
+    Args:
+        line: of metrics.jsonl.
+        config: of its run.
+    """
+    update = config.update
+    if "gradient_steps" in line:
+        spent = line["gradient_steps"] / getattr(update, "minibatches", 1)
+    else:
+        spent = 1 + (line.get("cg_iterations") or 0) * getattr(update, "fisher_fraction", 1.0)
+    return spent + FORWARD * (1 + (line.get("backtracks") or 0))
+
+
+def read_cell(cell: Cell) -> CellResult:
+    """A cell's results as far as its run has come."""
+    run = RunFolder(cell.folder) if cell.folder.is_dir() else None
+    lines = run.metrics() if run else []
+    bound = getattr(cell.config.update, "max_kl", None)
+    spent = list(accumulate(gradients(line, cell.config) for line in lines))
+    seconds = list(accumulate(line["iteration_seconds"] for line in lines))
+    place = {"rule": cell.rule, "value": cell.value, "seed": cell.config.seed}
+    rows = [
+        {**place, "bound": bound, "seconds": elapsed, "gradients": cost, **{key: line.get(key) for key in _COPIED}}
+        for line, elapsed, cost in zip(lines, seconds, spent, strict=True)
+    ]
+    sides = run.evaluation() if run else {}
+    evaluations = _evaluations(run, sides, lines) if run else []
+    trajectory = _trajectory(evaluations, rows) if evaluations else None
+    return CellResult(
+        cell=cell,
+        summary=place | _summary(cell, rows, sides.get("after"), bound),
+        rows=rows,
+        trajectory=trajectory and place | trajectory,
+        first_batch=tuple(lines[0].get(key) for key in ("reward_mean", "entropy", "steps")) if lines else (),
+        samples={side: record.get("samples", []) for side, record in sides.items()},
+    )
+
+
+def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float | None) -> Line:
+    error = failure(cell)
+    status = "finished" if is_finished(cell) else "failed" if error else "missing"
+    last = rows[-1] if rows else {}
+    after = after or {}
+    kept = [row["step_kl"] for row in rows]
+    return {
+        "folder": str(cell.folder),
+        "status": status,
+        "error": error,
+        "steps": last.get("steps"),
+        "iterations": last.get("iteration"),
+        "gradients": last.get("gradients"),
+        "seconds": last.get("seconds"),
+        "update_seconds": sum(row["update_seconds"] for row in rows) if rows else None,
+        "reward": after.get("reward_mean"),
+        "reward_interval": after.get("reward_interval"),
+        "reference_kl": after.get("reference_kl"),
+        "step_kl": float(np.mean(kept)) if kept else None,
+        "step_kl_mean_max": max(kept, default=None),
+        "step_kl_max": max((row["step_kl_max"] for row in rows), default=None),
+        "bound": bound,
+        "violations": None if bound is None or not kept else float(np.mean([kl > bound for kl in kept])),
+    }
+
+
+def _evaluations(run: RunFolder, sides: dict[str, Line], lines: Sequence[Line]) -> list[Line]:
+    """All held-out evaluations in the order of training, each with its iteration."""
+    found = [{"iteration": 0, **sides["before"]}] if "before" in sides else []
+    end = lines[-1]["iteration"] if "after" in sides else None
+    found += [line for line in run.evaluations() if end is None or line["iteration"] < end]
+    return found + ([{"iteration": end, **sides["after"]}] if end is not None else [])
+
+
+def _trajectory(evaluations: Sequence[Line], rows: Sequence[Line]) -> Line:
+    step_kls = np.cumsum([row["step_kl"] for row in rows])
+    at = {row["iteration"]: row for row in rows} | {0: {"steps": 0, "seconds": 0.0, "gradients": 0.0}}
+    divergence = [
+        line["reference_kl"]
+        if "reference_kl" in line
+        else float(step_kls[line["iteration"] - 1] / line["iteration"])
+        if line["iteration"]
+        else 0.0
+        for line in evaluations
+    ]
+    return {
+        "kl": divergence,
+        "reward": [line["reward_mean"] for line in evaluations],
+        **{key: [at[line["iteration"]][key] for line in evaluations] for key in ("steps", "seconds", "gradients")},
+    }
+
+
+def curves_of(results: Iterable[CellResult], *, language: bool) -> list[Curve]:
+    """What rules are compared by: a language run's course, or the ends of a seed's control runs."""
+    finished = [one for one in results if one.summary["status"] == "finished" and one.trajectory]
+    if language:
+        return [
+            Curve(one.cell.rule, one.cell.value, one.cell.config.seed, *_arrays(one.trajectory)) for one in finished
+        ]
+    sweeps: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for one in finished:
+        end = (one.trajectory["kl"][-1], one.trajectory["reward"][-1])
+        sweeps.setdefault((one.cell.rule, one.cell.config.seed), []).append(end)
+    return [
+        Curve(rule, None, seed, *(np.array(axis) for axis in zip(*sorted(ends), strict=True)))
+        for (rule, seed), ends in sweeps.items()
+    ]
+
+
+def _arrays(trajectory: Line) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(trajectory["kl"], dtype=float), np.array(trajectory["reward"], dtype=float)
+
+
+def same_start(results: Sequence[CellResult]) -> Line:
+    """Whether the rules' first batches agree, seed by seed: same weights, same prompts, same noise."""
+    batches: dict[int, set[tuple]] = {}
+    for one in results:
+        if one.first_batch:
+            batches.setdefault(one.cell.config.seed, set()).add(one.first_batch)
+    checked = sum(1 for one in results if one.first_batch)
+    return {"checked": checked, "equal": all(len(found) == 1 for found in batches.values())}
+
+
+def side_by_side(results: Sequence[CellResult], chosen: dict[str, float | None], seed: int) -> list[Line]:
+    """Completions of the same held-out prompts by the reference and by every rule at its chosen value.
+
+    Args:
+        results: of the comparison.
+        chosen: each rule's value.
+        seed: whose runs.
+    """
+    runs = {
+        one.cell.rule: one
+        for one in results
+        if one.cell.config.seed == seed and one.cell.value == chosen[one.cell.rule] and one.samples.get("after")
+    }
+    if not runs:
+        return []
+    before = next(iter(runs.values())).samples["before"]
+    return [
+        {
+            "prompt": sample["prompt"],
+            "reference": {key: sample[key] for key in ("completion", "reward")},
+            "rules": {
+                rule: {
+                    **{key: one.samples["after"][row][key] for key in ("completion", "reward")},
+                    "value": one.cell.value,
+                    "kl": one.summary["reference_kl"],
+                }
+                for rule, one in runs.items()
+            },
+        }
+        for row, sample in enumerate(before)
+    ]

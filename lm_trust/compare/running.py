@@ -1,0 +1,144 @@
+"""Train the cells of a comparison, each as `lm-trust train` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lm_trust.compare.config import Cell
+from lm_trust.errors import UserError
+from lm_trust.training.config_file import dump, load_config
+from lm_trust.training.config_leaves import leaves
+from lm_trust.training.interruption import Interruption
+from lm_trust.training.run_folder import RunFolder
+
+# What may differ between the config of a cell and that of its folder: none of it touches the course of a run.
+_MAY_DIFFER = ("output", "trackers", "checkpoint.", "completions.", "rollout.microbatch_size", "environment.processes")
+_POLL = 0.2  # seconds
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the cell's run is done to its end."""
+    return (cell.folder / "evaluation.json").is_file() and "after" in RunFolder(cell.folder).evaluation()
+
+
+def failure(cell: Cell) -> str | None:
+    """Why the cell's last attempt ended before its end, in a line; None where none has failed."""
+    noted = _failure_file(cell)
+    return noted.read_text(encoding="utf-8") if noted.is_file() else None
+
+
+def check_unchanged(cells: Sequence[Cell]) -> None:
+    """A folder's runs are those of this comparison, or there are none.
+
+    Raises:
+        UserError: a cell's folder holds a run of other settings.
+    """
+    for cell in cells:
+        saved = cell.folder / "config.yaml"
+        if not saved.is_file():
+            continue
+        now, then = (leaves(one.model_dump()) for one in (cell.config, load_config(saved, check_files=False)))
+        changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and not key.startswith(_MAY_DIFFER)]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{cell.folder}: holds a run with {key} {then.get(key)!r}, which is {now.get(key)!r} here; "
+                "choose another --output, or remove that folder"
+            )
+
+
+def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -> int:
+    """Train what is not finished, `jobs` at a time; a run that was stopped goes on from its last checkpoint.
+
+    A cell that fails is noted in its folder and does not stop the others; it is tried again the next time. Ctrl-C and
+    SIGTERM end the runs by SIGTERM, on which they write a checkpoint.
+
+    Args:
+        cells: in the order in which they are begun.
+        jobs: runs at a time; the cores are shared out among them.
+        tell: takes a line of what happens.
+
+    Returns:
+        The exit status: 0, or 130 / 143 after a signal.
+    """
+    waiting = [cell for cell in cells if not is_finished(cell)]
+    done = len(cells) - len(waiting)
+    if done:
+        tell(f"{done} of {len(cells)} runs were finished before.")
+    running: list[tuple[Cell, subprocess.Popen, float]] = []
+    with Interruption() as interruption:
+        while waiting or running:
+            while waiting and len(running) < jobs and interruption.signal is None:
+                cell = waiting.pop(0)
+                running.append((cell, _start(cell, jobs), time.monotonic()))
+            time.sleep(_POLL)
+            if interruption.signal is not None:
+                waiting.clear()
+                for _, process, _ in running:
+                    process.terminate()
+                for _, process, _ in running:
+                    process.wait()
+                return interruption.exit_status
+            for entry in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove(entry)
+                done += 1
+                tell(f"{done} of {len(cells)}: {_ended(*entry)}")
+    return 0
+
+
+def _start(cell: Cell, jobs: int) -> subprocess.Popen:
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    _failure_file(cell).unlink(missing_ok=True)
+    if any((cell.folder / "checkpoints").glob("*")):
+        options = ["--resume", str(cell.folder)]
+    else:
+        shutil.rmtree(cell.folder, ignore_errors=True)  # of a run that ended before its first checkpoint
+        config = cell.folder.with_suffix(".yaml")
+        config.write_text(dump(cell.config), encoding="utf-8")
+        options = [str(config), "--output", str(cell.folder)]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with _log(cell).open("a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lm_trust", "train", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": threads, **os.environ, "COLUMNS": "80"},
+            start_new_session=True,  # a Ctrl-C at the terminal reaches the runs once, through us
+        )
+
+
+def _ended(cell: Cell, process: subprocess.Popen, started: float) -> str:
+    minutes = f"{(time.monotonic() - started) / 60:.1f} min"
+    if process.returncode == 0 and is_finished(cell):
+        after = RunFolder(cell.folder).evaluation()["after"]
+        kl = f" at {after['reference_kl']:.2f} nats" if "reference_kl" in after else ""
+        return f"{cell.name}: {after['reward_mean']:.4g}{kl}, {minutes}"
+    reason = _last_words(cell, process.returncode)
+    _failure_file(cell).write_text(reason, encoding="utf-8")
+    return f"{cell.name}: FAILED after {minutes}: {reason} (see {_log(cell)})"
+
+
+def _last_words(cell: Cell, status: int) -> str:
+    """The run's own error, or its last line."""
+    lines = [line.strip() for line in _log(cell).read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return (errors or lines or [f"exit status {status}"])[-1]
+
+
+def _log(cell: Cell) -> Path:
+    return cell.folder.with_suffix(".log")
+
+
+def _failure_file(cell: Cell) -> Path:
+    return cell.folder.with_suffix(".failed")

@@ -1,0 +1,172 @@
+"""What a comparison shows, in plain words that are written from its numbers and say no more than their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from lm_trust.compare.frontier import Curve, reward_at
+
+Line = dict[str, Any]
+
+
+def summarise(report: Line, curves: Sequence[Curve]) -> list[str]:
+    """The sentences at the top of the page.
+
+    Args:
+        report: everything but its summary.
+        curves: what its matched table was made from.
+    """
+    unit = "nats of reference KL" if report["world"] == "language" else "nats of mean step KL"
+    return [
+        *_runs(report),
+        *(sentence for kl in _matched_kls(report) for sentence in _at_kl(report, curves, kl, unit)),
+        *_bounds(report),
+        *_costs(report),
+        *_one_update(report),
+    ]
+
+
+def _runs(report: Line) -> list[str]:
+    cells = report["cells"]
+    finished = sum(cell["status"] == "finished" for cell in cells)
+    sentences = [
+        f"{finished} of {len(cells)} runs finished: {len(report['rules'])} update rules, {len(report['seeds'])} seeds."
+    ]
+    failed = sorted({cell["rule"] for cell in cells if cell["status"] == "failed"})
+    if failed:
+        sentences.append(f"Runs of {_list(failed)} failed; what they said stands in the table of runs.")
+    if report["same_start"]["checked"] and not report["same_start"]["equal"]:
+        sentences.append("The rules did not start alike: their first batches differ, so nothing here is matched.")
+    return sentences
+
+
+def _matched_kls(report: Line) -> list[float]:
+    return sorted({row["kl"] for row in report["matched"]})
+
+
+def _at_kl(report: Line, curves: Sequence[Curve], kl: float, unit: str) -> list[str]:
+    rows = sorted(
+        (row for row in report["matched"] if row["kl"] == kl and row["mean"] is not None),
+        key=lambda row: -row["mean"],
+    )
+    place = f"At {kl:g} {unit}"
+    if not rows:
+        return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
+    best, others = rows[0], rows[1:]
+    sentences = [f"{place} {best['rule']} has the highest mean reward, {_estimate(best)}."]
+    verdicts = {row["rule"]: paired_difference(curves, kl, best, row) for row in others}
+    ahead = [rule for rule, interval in verdicts.items() if interval is not None and interval[0] > 0]
+    level = [rule for rule in verdicts if rule not in ahead]
+    if ahead:
+        sentences.append(f"There it is ahead of {_list(ahead)}: the 95 % interval of the difference is above zero.")
+    if level:
+        sentences.append(f"There its lead over {_list(level)} is not supported: the interval of it holds zero.")
+    return sentences + _share_of_limit(report, best)
+
+
+def _share_of_limit(report: Line, best: Line) -> list[str]:
+    limit = report.get("limit")
+    if not limit or not limit["tilted"]:
+        return []
+    points = sorted(limit["tilted"], key=lambda point: point["kl"])
+    kls, rewards = ([point[key] for point in points] for key in ("kl", "reward"))
+    start = next(point["reward"] for point in limit["best_of_n"] if point["n"] == 1)
+    if not kls[0] <= best["kl"] <= kls[-1]:
+        return []
+    top = float(np.interp(best["kl"], kls, rewards))
+    share = (best["mean"] - start) / (top - start)
+    bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
+    return [
+        f"The most that {best['kl']:g} nats can buy is estimated at {top:.3g}, from {start:.3g} at the start{bought}."
+    ]
+
+
+def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line) -> tuple[float, float] | None:
+    """95 % t interval of the difference in reward of two rules at a KL, over the seeds that both have.
+
+    Runs of one seed share their start, prompts and noise, so that their difference is what is observed.
+
+    Args:
+        curves: of all rules.
+        kl: where they are compared.
+        one, other: rows of the matched table, with the knob value that each was chosen at.
+
+    Returns:
+        (low, high), or None for fewer than two seeds.
+    """
+    rewards = []
+    for row in (one, other):
+        of_rule = [curve for curve in curves if curve.rule == row["rule"] and curve.value in (row["value"], None)]
+        rewards.append({curve.seed: reward_at(curve, kl) for curve in of_rule})
+    shared = sorted(seed for seed in rewards[0] if rewards[0][seed] is not None and rewards[1].get(seed) is not None)
+    if len(shared) < 2:
+        return None
+    differences = np.array([rewards[0][seed] - rewards[1][seed] for seed in shared])
+    half = stats.t.ppf(0.975, len(shared) - 1) * stats.sem(differences)
+    return float(differences.mean() - half), float(differences.mean() + half)
+
+
+def _bounds(report: Line) -> list[str]:
+    sentences = []
+    for rule in report["rules"]:
+        cells = [
+            cell
+            for cell in report["cells"]
+            if cell["rule"] == rule["name"] and cell.get("step_kl_mean_max") is not None
+        ]
+        if not cells:
+            continue
+        updates = sum(cell["iterations"] for cell in cells)
+        if rule["bounded"]:
+            broken = round(sum(cell["violations"] * cell["iterations"] for cell in cells))
+            kept = "in every one" if not broken else f"in all but {broken}"
+            sentences.append(f"{rule['name']} kept its bound on the exact step KL {kept} of {updates} updates.")
+        else:
+            low, high = (f(cell[key] for cell in cells) for f, key in ((min, "step_kl"), (max, "step_kl_mean_max")))
+            sentences.append(
+                f"{rule['name']} has no bound on the step KL: over its runs it was {low:.2g} nats a step on average "
+                f"or more, and up to {high:.2g} in one update."
+            )
+    return sentences
+
+
+def _costs(report: Line) -> list[str]:
+    words = []
+    for rule in report["rules"]:
+        cells = [cell for cell in report["cells"] if cell["rule"] == rule["name"] and cell["iterations"]]
+        if cells:
+            updates = sum(cell["iterations"] for cell in cells)
+            gradients = sum(cell["gradients"] for cell in cells) / updates
+            seconds = sum(cell["update_seconds"] for cell in cells) / updates
+            words.append(f"{rule['name']} {gradients:.1f} gradients and {seconds:.3g} s")
+    return [f"An update costs: {'; '.join(words)}."] if words else []
+
+
+def _one_update(report: Line) -> list[str]:
+    study = report.get("one_update")
+    rows = [row for row in study["rows"] if not row["error"]] if study else []
+    words = []
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        of_rule = [row for row in rows if row["rule"] == rule]
+        seen, fresh = (np.mean([row[key] for row in of_rule]) for key in ("batch_gain", "fresh_gain"))
+        words.append(f"{rule} {seen:.2g} and {fresh:.2g}")
+    if not words:
+        return []
+    return [
+        "The gain that one update shows on the batch that it learnt from, and on fresh samples of the same policy, on "
+        f"average over the values of its knob: {'; '.join(words)}."
+    ]
+
+
+def _estimate(row: Line) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{row['mean']:.3g}{interval}"
+
+
+def _list(names: Sequence[str]) -> str:
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,223 @@
+"""A whole comparison from its file: what is refused, what runs and does not run again, what the report says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from pyarrow import parquet
+
+from lm_trust.cli import main
+from lm_trust.compare.config import load_comparison
+from lm_trust.compare.results import read_cell
+from lm_trust.compare.running import train_cells
+from lm_trust.errors import UserError
+
+BASE = """
+seed: 0
+total_steps: 240
+environment: {id: CartPole-v1, count: 4}
+policy: {hidden: [8]}
+rollout: {steps: 10}
+critic: {hidden: [8], minibatches: 2}
+update: {kind: trpo, max_kl: 0.01}
+evaluation: {every: 2, count: 3}
+checkpoint: {every: 2}
+trackers: []
+"""
+COMPARISON = """
+base: base.yaml
+shared: {total_steps: 160}
+seeds: [0, 1]
+rules:
+  trpo: {update: {kind: trpo}, knob: update.max_kl, values: [0.01, 0.03]}
+  ppo_clip: {update: {kind: ppo_clip, epochs: 2}, knob: update.learning_rate, values: [1.0e-3]}
+matched_kl: [0.002]
+one_update: {iterations_before: 1, evaluations: 4, values: {trpo: [0.01]}}
+jobs: 2
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "comparison.yaml").write_text(COMPARISON)
+    return tmp_path
+
+
+def load(files, *overrides):
+    return load_comparison(files / "comparison.yaml", overrides, str(files / "out"))
+
+
+def test_every_rule_runs_with_every_value_and_seed_and_differs_in_nothing_else(files):
+    comparison = load(files)
+    assert [(cell.rule, cell.value, cell.config.seed) for cell in comparison.cells] == [
+        ("trpo", 0.01, 0),
+        ("trpo", 0.03, 0),
+        ("ppo_clip", 0.001, 0),
+        ("trpo", 0.01, 1),
+        ("trpo", 0.03, 1),
+        ("ppo_clip", 0.001, 1),
+    ]
+    updates = [cell.config.update for cell in comparison.cells[:3]]
+    assert [update.kind for update in updates] == ["trpo", "trpo", "ppo_clip"]
+    assert (updates[0].max_kl, updates[1].max_kl, updates[2].learning_rate) == (0.01, 0.03, 0.001)
+    rest = [cell.config.model_dump(exclude={"update", "seed", "output"}) for cell in comparison.cells]
+    assert all(one == rest[0] for one in rest) and rest[0]["total_steps"] == 160
+    assert len({cell.folder for cell in comparison.cells}) == 6
+    assert [candidate.value for candidate in comparison.candidates] == [0.01, 0.001]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ([("rules.trpo.values", "[]")], "rules.trpo.values: a knob needs values"),
+        ([("rules.trpo.values", "[0.1, 0.1]")], "the same value stands there twice"),
+        ([("rules.trpo.knob", "update.max_lk")], "update.max_lk: unknown key"),
+        ([("rules.ppo_clip.update.clip", "2")], "rules.ppo_clip: update.clip: must be less than 1"),
+        ([("shared.total_steps", "no")], "shared: total_steps"),
+        ([("seeds", "[1, 1]")], "the same seed stands there twice"),
+        ([("base", "other.yaml")], "no such file"),
+        ([("limit", "{}")], "limit: it is of reward per nat of reference KL"),
+        ([("one_update.values.ppo", "[1.0]")], "there is no rule of this name"),
+        ([("rules.trpo.also", "{critic: {clip: 0.2}}")], "one_update: needs rules that differ in their update"),
+        ([("rules.trpo.also", "{update: {}}")], "the update section stands in update"),
+        ([("seed", "[0]")], "seed: unknown key; did you mean seeds?"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_runs(files, overrides, words):
+    with pytest.raises(UserError, match=r"(?s).*" + words.replace("[", r"\[").replace("?", r"\?")):
+        load(files, *overrides)
+    assert not (files / "out").exists()
+
+
+def compare(files, *options):
+    return main(["compare", str(files / "comparison.yaml"), "--output", str(files / "out"), *options])
+
+
+def test_a_comparison_from_its_file_to_its_page(files, capsys, monkeypatch):
+    """Also: nothing finished is run again, a failed cell is reported and stops nothing, a page is remade from disk."""
+    assert (
+        compare(
+            files,
+            "--rules.broken",
+            "{update: {kind: natural_gradient}, also: {environment: {id: No-v0}}}",
+            "--one_update",
+            "null",
+        )
+        == 1
+    )
+    out = capsys.readouterr().out
+    assert "broken, seed 0: FAILED" in out and "No-v0" in out
+    report = json.loads((files / "out/report.json").read_text())
+    assert [cell["status"] for cell in report["cells"]] == (["finished"] * 3 + ["failed"]) * 2
+    assert all("No-v0" in cell["error"] for cell in report["cells"] if cell["status"] == "failed")
+    assert any("broken failed" in sentence for sentence in report["summary"])
+    times = {path: path.stat().st_mtime_ns for path in (files / "out/cells").glob("*/*/*/metrics.jsonl")}
+    assert len(times) == 6
+
+    assert compare(files) == 0  # without the broken rule, and with the study
+    assert "6 of 6 runs were finished before." in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    report = json.loads((files / "out/report.json").read_text())
+    assert report["same_start"] == {"checked": 6, "equal": True}
+    assert [row["rule"] for row in report["one_update"]["rows"]] == ["trpo", "ppo_clip"]
+    assert {row["rule"] for row in report["matched"]} == {"trpo", "ppo_clip"}
+    trpo = next(cell for cell in report["cells"] if cell["rule"] == "trpo")
+    assert trpo["violations"] == 0 and trpo["steps"] == 160 and trpo["iterations"] == 4 and trpo["seconds"] > 0
+    rows = parquet.read_table(files / "out/results.parquet").to_pylist()
+    assert len(rows) == 6 * 4
+    assert [row["bound"] for row in rows if row["rule"] == "ppo_clip"] == [None] * 8
+    study = (files / "out/one_update.json").stat().st_mtime_ns
+    page = (files / "out/report.html").read_text()
+    assert "ppo_clip" in page
+
+    (files / "out/report.html").unlink()
+    assert compare(files, "--plot-only") == 0
+    assert (files / "out/report.html").read_text() == page
+    assert (files / "out/one_update.json").stat().st_mtime_ns == study
+
+    # A longer comparison keeps what there is; one of other settings is refused.
+    assert (
+        main(["compare", str(files / "comparison.yaml"), "--output", str(files / "out"), "--shared.total_steps", "80"])
+        == 2
+    )
+    assert "holds a run with total_steps 160, which is 80 here" in capsys.readouterr().err
+
+
+def test_the_page_alone_needs_a_report(files, capsys):
+    assert compare(files, "--plot-only") == 2
+    assert "there is no report.json yet" in capsys.readouterr().err
+
+
+def test_a_cell_reads_as_its_run_tells(files):
+    cell = load(files, ("seeds", "[3]"), ("rules.trpo.values", "[0.03]")).cells[0]
+    lines = []
+    assert train_cells([cell], 1, lines.append) == 0
+    assert len(lines) == 1 and lines[0].startswith("1 of 1: trpo 0.03, seed 3: ")
+    result = read_cell(cell)
+    metrics = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step_kl"] for row in result.rows] == [line["step_kl"] for line in metrics]
+    # A gradient, the Fisher products on all rows, a forward pass for each candidate of the line search.
+    spent = sum(1 + line["cg_iterations"] + (1 + line["backtracks"]) / 3 for line in metrics)
+    assert result.summary["gradients"] == pytest.approx(spent)
+    assert result.rows[-1]["seconds"] == pytest.approx(sum(line["iteration_seconds"] for line in metrics))
+    # Control: the evaluations of iterations 2 and 4, at the mean step KL until then.
+    kls = [line["step_kl"] for line in metrics]
+    assert result.trajectory["kl"] == pytest.approx([sum(kls[:2]) / 2, sum(kls) / 4])
+    assert result.trajectory["steps"] == [80, 160]
+    assert (
+        result.trajectory["reward"][-1]
+        == json.loads((cell.folder / "evaluation.json").read_text())["after"]["reward_mean"]
+    )
+
+
+def test_a_signal_ends_the_runs_with_checkpoints_and_the_same_command_goes_on(files):
+    command = [
+        sys.executable,
+        "-m",
+        "lm_trust",
+        "compare",
+        str(files / "comparison.yaml"),
+        "--output",
+        str(files / "out"),
+    ]
+    options = [
+        "--shared.total_steps",
+        "40000",
+        "--seeds",
+        "[0]",
+        "--rules.trpo.values",
+        "[0.01]",
+        "--one_update",
+        "null",
+    ]
+    process = subprocess.Popen(
+        [*command, *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = files / "out/cells/trpo/0.01/seed0/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 4):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, process.stderr.read()
+    before = metrics.read_text()
+    assert any((metrics.parent / "checkpoints").iterdir())
+    report = json.loads((files / "out/report.json").read_text())
+    assert [cell["status"] for cell in report["cells"]] == ["missing", "missing"]
+    cell = load(files, ("shared.total_steps", "40000"), ("seeds", "[0]"), ("rules.trpo.values", "[0.01]")).cells[0]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+    while metrics.read_text().count("\n") <= before.count("\n"):
+        assert time.monotonic() < deadline + 60 and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.wait(60)
+    assert metrics.read_text().startswith(before)
+    assert [row["iteration"] for row in read_cell(cell).rows][:6] == [1, 2, 3, 4, 5, 6]

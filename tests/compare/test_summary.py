@@ -1,0 +1,86 @@
+"""The sentences of the page say what the numbers say, and no more."""
+
+import numpy as np
+import pytest
+
+from lm_trust.compare.frontier import Curve, matched_table
+from lm_trust.compare.summary import paired_difference, summarise
+
+
+def curve(rule, seed, reward, value=1.0):
+    """Rises from 0.1 to `reward` at 2 nats."""
+    return Curve(rule, value, seed, np.array([0.0, 2.0]), np.array([0.1, reward]))
+
+
+def report_of(curves, **more):
+    rules = list(dict.fromkeys(one.rule for one in curves))
+    cell = {"status": "finished", "iterations": 10, "gradients": 20.0, "update_seconds": 5.0, "step_kl": 0.01}
+    report = {
+        "world": "language",
+        "rules": [{"name": rule, "bounded": rule == "trpo"} for rule in rules],
+        "seeds": sorted({one.seed for one in curves}),
+        "cells": [cell | {"rule": one.rule, "violations": 0.0, "step_kl_mean_max": 0.03} for one in curves],
+        "same_start": {"checked": len(curves), "equal": True},
+        "matched": matched_table(curves, [2.0]),
+        "limit": None,
+        "one_update": None,
+    }
+    return report | more
+
+
+def test_a_lead_is_claimed_only_where_the_paired_interval_supports_it():
+    """trpo is ahead of b by the same on every seed; of c by as much on average, but not seed by seed."""
+    curves = [curve("trpo", seed, 0.5 + 0.1 * seed) for seed in range(3)]
+    curves += [curve("b", seed, 0.4 + 0.1 * seed + 0.001 * seed) for seed in range(3)]
+    curves += [curve("c", seed, (0.3, 0.7, 0.5)[seed]) for seed in range(3)]
+    text = " ".join(summarise(report_of(curves), curves))
+    assert "At 2 nats of reference KL trpo has the highest mean reward, 0.6 [" in text
+    assert "ahead of b:" in text
+    assert "its lead over c is not supported" in text
+
+
+def test_the_difference_is_that_of_a_paired_t_test():
+    one, other = [0.5, 0.9, 0.4], [0.45, 0.7, 0.41]
+    curves = [curve("one", seed, reward) for seed, reward in enumerate(one)]
+    curves += [curve("other", seed, reward) for seed, reward in enumerate(other)]
+    from scipy.stats import ttest_rel
+
+    expected = ttest_rel(one, other).confidence_interval(0.95)
+    rows = [{"rule": "one", "value": 1.0}, {"rule": "other", "value": 1.0}]
+    assert paired_difference(curves, 2.0, *rows) == pytest.approx(tuple(expected))
+    assert paired_difference([one for one in curves if one.seed == 0], 2.0, *rows) is None
+
+
+def test_bounds_costs_and_failures_are_told():
+    curves = [curve(rule, seed, 0.5) for rule in ("trpo", "ppo_clip") for seed in (0, 1)]
+    report = report_of(curves)
+    report["cells"][0]["violations"] = 0.1
+    report["cells"].append({"rule": "broken", "status": "failed", "iterations": None})
+    report["same_start"]["equal"] = False
+    text = " ".join(summarise(report, curves))
+    assert "4 of 5 runs finished" in text and "Runs of broken failed" in text
+    assert "trpo kept its bound on the exact step KL in all but 1 of 20 updates" in text
+    assert "ppo_clip has no bound" in text and "up to 0.03" in text
+    assert "trpo 2.0 gradients and 0.5 s" in text
+    assert "nothing here is matched" in text
+
+
+def test_the_share_of_the_limit_is_of_its_gain():
+    curves = [curve(rule, seed, 0.5) for rule in ("trpo", "b") for seed in (0, 1)]
+    points = [{"kl": kl, "reward": reward} for kl, reward in ((0.0, 0.1), (1.0, 0.7), (3.0, 1.1))]
+    limit = {"tilted": points, "best_of_n": [{"n": 1, "kl": 0.0, "reward": 0.1}]}
+    text = " ".join(summarise(report_of(curves, limit=limit), curves))
+    assert "estimated at 0.9, from 0.1 at the start: trpo gets 50% of that gain." in text
+    worse = [curve("trpo", seed, 0.05) for seed in (0, 1)]
+    assert "from 0.1 at the start." in " ".join(summarise(report_of(worse, limit=limit), worse))
+
+
+def test_what_fresh_samples_confirm():
+    curves = [curve("trpo", seed, 0.5) for seed in (0, 1)]
+    rows = [
+        {"rule": "trpo", "error": None, "batch_gain": 0.2, "fresh_gain": 0.05},
+        {"rule": "trpo", "error": None, "batch_gain": 0.2, "fresh_gain": 0.15},
+        {"rule": "trpo", "error": "broke", "batch_gain": None, "fresh_gain": None},
+    ]
+    text = " ".join(summarise(report_of(curves, one_update={"rows": rows}), curves))
+    assert "trpo 0.2 and 0.1." in text
