@@ -5,9 +5,8 @@ KL(pi_theta_old || pi_theta).
 Three routes to the same product, for an independent check of each and because not every model allows every derivative:
 
 - `gauss_newton`: F = mean of J' M J, with J the Jacobian of the distribution's own parameters (logits, means, or a
-  language model's last hidden states) and M the exact metric that the distribution knows (`fisher_product`). J v is had
-  from two backward passes ("double vjp") whose graph is kept, so that a product is one tangent pass and one backward;
-  or from the policy itself, where it has a method `linearised` (see `lm_trust.core.linearisation`).
+  language model's last hidden states) and M the exact metric that the distribution knows (`fisher_product`). Both maps
+  are those of `lm_trust.core.linearisation`, whose graph is kept: a product is one tangent pass and one backward.
 - `kl_hessian`: the second derivative of the exact KL by double backward (Pearlmutter 1994), its graph kept as well.
 - `finite_difference`: a forward difference of the KL's gradient. One gradient a product, exact only to about the square
   root of the arithmetic's precision, but it asks nothing of the model: any attention kernel, any wrapper.
@@ -22,16 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm_trust.core.batch import row_chunks
+from lm_trust.core.linearisation import (
+    NOT_TWICE,
+    Linearisation,
+    linearised,
+    require_second_derivative,
+    twice_differentiable,
+)
 from lm_trust.core.parameters import assign, flatten, trainable_parameters, unflatten
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
 
 Product = Callable[[Tensor], Tensor]
-
-_NOT_TWICE = "the policy's graph cannot be differentiated twice, use the method finite_difference"
 
 
 class FisherOperator:
@@ -44,6 +47,7 @@ class FisherOperator:
         damping: multiple of the identity that is added.
         method: see the module's text. "auto" is `gauss_newton`, or `finite_difference` where the policy's graph cannot
             be differentiated twice; after the first product `method` names the one in use.
+        linearisation: of the policy at these observations, where it was made already; for `gauss_newton`.
         microbatch_size: rows differentiated at a time. The graph is kept across products where one microbatch holds all
             rows, and rebuilt for each otherwise, so that memory does not grow with B.
 
@@ -59,6 +63,7 @@ class FisherOperator:
         mask: Tensor | None = None,
         damping: float = 0.1,
         method: str = "auto",
+        linearisation: Linearisation | None = None,
         microbatch_size: int | None = None,
     ) -> None:
         if method not in METHODS:
@@ -71,6 +76,8 @@ class FisherOperator:
         self._mask = mask
         self._chunks = list(row_chunks(len(observations), microbatch_size))
         self._kept: dict[str, Product] = {}
+        if linearisation is not None:
+            self._kept["gauss_newton"] = _gauss_newton_of(linearisation, self._parameters, self._weights(slice(None)))
 
     def __call__(self, vector: Tensor) -> Tensor:
         """(F + damping I) v, (P,)."""
@@ -109,8 +116,7 @@ class FisherOperator:
 
     def _linearised(self, linearise: Callable[..., Product], rows: slice) -> Product:
         observations = self._observations if len(self._chunks) == 1 else self._observations[rows]
-        # The fused attention kernels have no second derivative; the plain one has. No effect on other policies.
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable():
             return linearise(self._policy, observations, self._parameters, self._weights(rows))
 
     def _weights(self, rows: slice) -> Callable[[Tensor], Tensor]:
@@ -126,44 +132,17 @@ class FisherOperator:
 
 
 def _gauss_newton(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable) -> Product:
-    if hasattr(policy, "linearised") and all(parameter.requires_grad for parameter in policy.parameters()):
-        return _gauss_newton_without_autograd(policy, observations, parameters, weights)
-    distribution = policy.distribution(observations)
-    fixed = distribution.detach()
-    outputs = distribution.parameters
-    live = [output for output in outputs if output.requires_grad]
-    # The pullback w -> J' w is linear in the dummy w, so differentiating it once more along v gives J v.
-    dummies = [torch.zeros_like(output, requires_grad=True) for output in live]
-    pullback = torch.autograd.grad(live, parameters, dummies, create_graph=True, materialize_grads=True)
-    _require_second_derivative(pullback)
-    step_weights = weights(outputs[0].detach()[..., 0])
-
-    def product(vector: Tensor) -> Tensor:
-        tangents = iter(
-            torch.autograd.grad(
-                pullback, dummies, unflatten(vector, parameters), retain_graph=True, materialize_grads=True
-            )
-        )
-        moved = [next(tangents) if output.requires_grad else torch.zeros_like(output) for output in outputs]
-        with torch.no_grad():
-            weighted = _weighted_metric(fixed, moved, step_weights)
-            cotangents = [part for part, output in zip(weighted, outputs, strict=True) if output.requires_grad]
-        return flatten(torch.autograd.grad(live, parameters, cotangents, retain_graph=True, materialize_grads=True))
-
-    return product
+    return _gauss_newton_of(linearised(policy, observations), parameters, weights)
 
 
-def _gauss_newton_without_autograd(
-    policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable
-) -> Product:
-    """The same from a policy's own pushforward and pullback."""
-    distribution, pushforward, pullback = policy.linearised(observations)
-    step_weights = weights(distribution.parameters[0][..., 0])
+def _gauss_newton_of(linearisation: Linearisation, parameters: list[nn.Parameter], weights: Callable) -> Product:
+    output, pushforward, pullback = linearisation
+    distribution = output.detach()
 
     @torch.no_grad()
     def product(vector: Tensor) -> Tensor:
         moved = pushforward(unflatten(vector, parameters))
-        return flatten(pullback(*_weighted_metric(distribution, moved, step_weights)))
+        return flatten(pullback(*_weighted_metric(distribution, moved, weights(moved[0][..., 0]))))
 
     return product
 
@@ -175,7 +154,7 @@ def _weighted_metric(distribution: Any, tangents: Sequence[Tensor], step_weights
 
 def _kl_hessian(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable) -> Product:
     gradient = flatten(_kl_gradient(policy, observations, parameters, weights, create_graph=True))
-    _require_second_derivative([gradient])
+    require_second_derivative([gradient])
 
     def product(vector: Tensor) -> Tensor:
         rows = torch.autograd.grad(gradient, parameters, vector, retain_graph=True, materialize_grads=True)
@@ -228,24 +207,6 @@ def _kl_gradient(
     return torch.autograd.grad(total, parameters, create_graph=create_graph, materialize_grads=True)
 
 
-def _require_second_derivative(gradients: Sequence[Tensor]) -> None:
-    """Refuse a gradient whose graph is cut: `once_differentiable` operations drop out of J v without a word.
-
-    Raises:
-        RuntimeError: autograd put the node there that stands for such a cut.
-    """
-    waiting = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if "Error" in node.name():
-            raise RuntimeError(f"{_NOT_TWICE}: an operation of the policy is marked once_differentiable")
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-
-
 def _forbids_second_derivative(error: RuntimeError) -> bool:
     message = str(error)
-    return _NOT_TWICE in message or "not implemented" in message
+    return NOT_TWICE in message or "not implemented" in message

@@ -63,7 +63,9 @@ def natural_gradient(
         The direction, or None where there is none; and a report, not accepted, with its numbers and, where there is
         none, the reason.
     """
-    gradient = objective.gradient(list(parameters))
+    rows = spread_rows(len(objective.mask), fisher_fraction) if fisher_fraction < 1 else slice(None)
+    shared = rows if _can_share(objective.policy, fisher_method, len(objective.mask[rows]), microbatch_size) else None
+    gradient = objective.gradient(list(parameters), linearise=shared)
     gradient_norm = gradient.norm().item()
     known = {} if objective.reference_kl is None else {"reference_kl_after": objective.reference_kl}
     largest = gradient.abs().max()
@@ -72,12 +74,12 @@ def natural_gradient(
     if largest == 0:
         return None, StepReport(False, "zero_gradient", metrics=known)
 
-    rows = spread_rows(len(objective.mask), fisher_fraction) if fisher_fraction < 1 else slice(None)
     fisher = FisherOperator(
         objective.policy,
         observations if fisher_fraction >= 1 else observations[rows],
         mask=objective.mask[rows],
         method=fisher_method,
+        linearisation=objective.linearisation,
         microbatch_size=microbatch_size,
     )
 
@@ -110,3 +112,17 @@ def natural_gradient(
         report.reason = "negative_curvature"
         return None, report
     return NaturalGradient(gradient, largest.item(), unit, solved, solve), report
+
+
+def _can_share(policy: nn.Module, fisher_method: str, rows: int, microbatch_size: int | None) -> bool:
+    """Whether the gradient's passes over the Fisher's rows can be those that the Fisher keeps.
+
+    Not where it keeps none, and not in half precision: the attention kernel that can be differentiated twice rounds
+    otherwise there than the one that candidates are measured with, and theta_old must be measured as they are.
+    """
+    return (
+        fisher_method in ("auto", "gauss_newton")
+        and not hasattr(policy, "linearised")
+        and getattr(policy, "autocast", None) is None
+        and (microbatch_size is None or rows <= microbatch_size)
+    )

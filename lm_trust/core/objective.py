@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from lm_trust.core.batch import row_chunks
 from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_autograd
 from lm_trust.core.parameters import flatten
 from lm_trust.core.surrogate import ratio
+
+Rows = slice | Tensor  # of a batch: a range, or indices
 
 
 class Measurement(NamedTuple):
@@ -62,6 +65,7 @@ class SurrogateObjective:
         reference_kl: at theta_old, nats per row: the sum over a row's valid steps, its mean over rows; None where no
             reference is looked at.
         reference_gradient: (P,) its gradient there, where `bounded`.
+        linearisation: of the policy there, at the rows that `gradient` was asked to linearise.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class SurrogateObjective:
         self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None
+        self.linearisation: Linearisation | None = None
         self._observations = observations
         self._actions = actions
         self._advantages = torch.where(self.mask, advantages, 0.0)
@@ -90,7 +95,9 @@ class SurrogateObjective:
         self._reference_loss = reference_loss
         self._bounded = bounded
         self._count = self.mask.sum().clamp_min(1)
-        self._chunks = list(row_chunks(len(actions), microbatch_size))
+        self._microbatch_size = microbatch_size
+        self._chunks: list[Rows] = list(row_chunks(len(actions), microbatch_size))
+        self._linearised: Rows | None = None  # one of the chunks
         self._old: list[Distribution] = []
         self._start = 0.0
 
@@ -106,24 +113,32 @@ class SurrogateObjective:
         for rows, piece in zip(self._chunks, self._old, strict=True):
             self._add_to_start(*self._means(_at_start, rows, piece))
 
-    def gradient(self, parameters: list[nn.Parameter]) -> Tensor:
+    def gradient(self, parameters: list[nn.Parameter], *, linearise: Rows | None = None) -> Tensor:
         """(P,) gradient of the objective at the present parameters, which become theta_old.
 
         Where the reference KL is bounded, `reference_gradient` is filled in from the same pass.
+
+        Args:
+            parameters: the policy's trainable ones.
+            linearise: rows at which the policy is also linearised, by the same passes; they are one chunk, whatever
+                the microbatch size.
         """
         self._old, self._start, self.reference_kl, self.reference_gradient = [], 0.0, None, None
+        if linearise is not None:
+            self._set_apart(linearise)
         totals: list[Tensor] = []
         for rows in self._chunks:
+            pullback = None
             with torch.enable_grad():
-                distribution = self.policy.distribution(self._select(rows))
+                if rows is self._linearised:
+                    self.linearisation = linearised_by_autograd(self.policy, self._select(rows))
+                    distribution, _, pullback = self.linearisation
+                else:
+                    distribution = self.policy.distribution(self._select(rows))
                 means = self._means(_at_start, rows, distribution)
                 wanted = means if self._bounded else means[:1]
                 gradients = [
-                    flatten(
-                        torch.autograd.grad(
-                            value, parameters, retain_graph=index + 1 < len(wanted), materialize_grads=True
-                        )
-                    )
+                    _gradient(value, parameters, distribution, pullback, keep=index + 1 < len(wanted))
                     for index, value in enumerate(wanted)
                 ]
             self._old.append(distribution.detach())
@@ -148,15 +163,22 @@ class SurrogateObjective:
         per_row = None if self._reference is None else reference_kl * self.steps_per_row
         return Measurement(value - self._start, mean_kl, max_kl, per_row)
 
+    def _set_apart(self, rows: Rows) -> None:
+        """Make the rows the last chunk: its graph is kept, and so it is alone then."""
+        indices = torch.arange(len(self._actions))
+        others = indices[~torch.isin(indices, indices[rows])]
+        pieces = row_chunks(len(others), self._microbatch_size) if len(others) else []
+        self._chunks, self._linearised = [*(others[piece] for piece in pieces), rows], rows
+
     def _add_to_start(self, objective: Tensor, reference_kl: Tensor | None = None) -> None:
         self._start += objective.item()
         if reference_kl is not None:
             self.reference_kl = (self.reference_kl or 0.0) + reference_kl.item() * self.steps_per_row
 
-    def _means(self, function: Callable[..., Any], rows: slice, distribution: Distribution) -> list[Tensor]:
+    def _means(self, function: Callable[..., Any], rows: Rows, distribution: Distribution) -> list[Tensor]:
         return [self._mean(each) for each in self._per_step(function, rows, distribution)]
 
-    def _per_step(self, function: Callable[..., Any], rows: slice, *distributions: Distribution) -> tuple[Tensor, ...]:
+    def _per_step(self, function: Callable[..., Any], rows: Rows, *distributions: Distribution) -> tuple[Tensor, ...]:
         if self._reference is not None:
             distributions = (*distributions, self._reference[rows])
             function = partial(function, reference_loss=self._reference_loss, bounded=self._bounded)
@@ -173,8 +195,25 @@ class SurrogateObjective:
         """Sum over the valid steps of some rows over the count of all rows', in double precision."""
         return x.sum(dtype=torch.float64) / self._count
 
-    def _select(self, rows: slice) -> Any:
+    def _select(self, rows: Rows) -> Any:
         return self._observations if len(self._chunks) == 1 else self._observations[rows]
+
+
+def _gradient(
+    value: Tensor, parameters: list[nn.Parameter], distribution: Distribution, pullback: Pullback | None, *, keep: bool
+) -> Tensor:
+    """(P,) gradient of a value of the distribution, through its pullback where there is one."""
+    if pullback is not None:
+        outputs = distribution.parameters
+        live = [each for each in outputs if each.requires_grad]
+        found = torch.autograd.grad(value, live, retain_graph=True, allow_unused=True)
+        # A vocabulary head that is trained makes its logits anew each time: no value knows those.
+        if all(cotangent is not None for cotangent in found):
+            given = iter(found)
+            cotangents = [next(given) if each.requires_grad else torch.zeros_like(each) for each in outputs]
+            return flatten(pullback(*cotangents))
+        keep = True
+    return flatten(torch.autograd.grad(value, parameters, retain_graph=keep, materialize_grads=True))
 
 
 def _at_start(

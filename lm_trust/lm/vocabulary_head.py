@@ -24,6 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lm_trust.core.distributions import Categorical
 
 CHUNK_ELEMENTS = 2**24  # logits in flight at a time: 64 MiB in float32
+# Probabilities that are kept from one Fisher product to the next, at most: 256 MiB in float32, a small part of what the
+# graph of a transformer over the same tokens takes.
+KEPT_ELEMENTS = 2**26
 
 
 class VocabularyCategorical:
@@ -55,6 +58,7 @@ class VocabularyCategorical:
         self._bias = bias
         self._temperature = temperature
         self._trained = self._has_live_head if trained is None else trained
+        self._kept_probabilities: list[Tensor] = []  # of each chunk, for the next Fisher product
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -92,12 +96,12 @@ class VocabularyCategorical:
         (tangent,) = tangents
         flat = tangent.reshape(-1, tangent.shape[-1])
         product = torch.empty_like(flat)
-        for rows in self._chunks():
+        for rows, probabilities in self._probabilities():
             if self._trained:
-                product[rows] = self._chunk(rows).fisher_product(flat[rows])
+                product[rows] = _centred(probabilities * flat[rows], probabilities)
             else:
-                moved = F.linear(flat[rows], self._weight).div_(self._temperature)
-                product[rows] = (self._chunk(rows).fisher_product(moved) @ self._weight).div_(self._temperature)
+                moved = F.linear(flat[rows], self._weight).mul_(probabilities)
+                product[rows] = (_centred(moved, probabilities) @ self._weight).div_(self._temperature**2)
         return product.view_as(tangent)
 
     def detach(self) -> VocabularyCategorical:
@@ -133,6 +137,19 @@ class VocabularyCategorical:
     def _chunk(self, rows: slice) -> Categorical:
         return Categorical(self._logits(self.hidden.reshape(-1, self.hidden.shape[-1])[rows]))
 
+    def _probabilities(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk with its (tokens, V) probabilities, which are kept where they are few."""
+        kept = self._kept_probabilities
+        fits = self.hidden.shape[:-1].numel() * len(self._weight) <= KEPT_ELEMENTS
+        for number, rows in enumerate(self._chunks()):
+            if number < len(kept):
+                yield rows, kept[number]
+                continue
+            probabilities = self._chunk(rows).log_probs.exp()
+            if fits:
+                kept.append(probabilities)
+            yield rows, probabilities
+
     def _gather(self, function: Callable[[Categorical], Tensor]) -> Tensor:
         return torch.cat([function(self._chunk(rows)) for rows in self._chunks()]).view(self.hidden.shape[:-1])
 
@@ -164,6 +181,11 @@ class VocabularyCategorical:
         else:
             values = _PerToken.apply(chunk, list(self._chunks()), *hidden)
         return values if is_tuple else values[0]
+
+
+def _centred(weighted: Tensor, probabilities: Tensor) -> Tensor:
+    """(diag(p) - p p') u from p * u, in place, (tokens, V)."""
+    return weighted.addcmul_(probabilities, weighted.sum(-1, keepdim=True), value=-1)
 
 
 # The copies of heads that are still in use: a batch is cut into many snapshots of the same weight.

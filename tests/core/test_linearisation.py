@@ -10,6 +10,7 @@ from lm_trust.core import Categorical
 from lm_trust.core.linearisation import (
     Linearisation,
     distribution_with_pullback,
+    linearised_by_autograd,
     output_with_pullback,
     set_gradients,
 )
@@ -67,3 +68,26 @@ def test_a_network_that_knows_its_derivative_is_asked():
     assert (
         output_with_pullback(Knowing(), None) == distribution_with_pullback(Knowing(), None) == ("output", "pullback")
     )
+
+
+@pytest.mark.parametrize("first", ["pushforward", "pullback"])
+def test_both_maps_by_autograd_are_the_jacobian_whichever_is_called_first(first):
+    policy, x = Plain(), cotangent((2, 6, 3))
+    trained = {name: value for name, value in policy.named_parameters() if value.requires_grad}
+    fixed = {name: value.detach() for name, value in policy.named_parameters() if not value.requires_grad}
+    tangents = [0.1 + cotangent(value.shape) for value in trained.values()]
+
+    def logits(weights):
+        return torch.func.functional_call(policy, weights | fixed, (x,))
+
+    _, expected = torch.func.jvp(logits, (trained,), (dict(zip(trained, tangents, strict=True)),))
+    _, transposed = torch.func.vjp(logits, trained)
+    _, pushforward, pullback = linearised_by_autograd(policy, x)
+    if first == "pullback":
+        pullback(cotangent((2, 6, 4)).square())
+    for _ in range(2):
+        torch.testing.assert_close(pushforward(tangents)[0], expected, rtol=0, atol=1e-12)
+        given = cotangent((2, 6, 4))
+        for found, other in zip(pullback(given), transposed(given)[0].values(), strict=True):
+            torch.testing.assert_close(found, other, rtol=0, atol=1e-12)
+            assert not found.requires_grad

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lm_trust.core import Categorical, DiagonalGaussian, trust_region_step
+from lm_trust.core.objective import SurrogateObjective
 
 B, T, D, V, A = 6, 4, 3, 4, 2
 
@@ -418,13 +419,47 @@ def test_a_fisher_fraction_of_a_half_curves_by_half_the_rows_and_is_bounded_on_a
     assert report.step_kl <= 0.02
     assert report.surrogate_gain == pytest.approx(gain, rel=1e-9)
     if microbatch_size is None:
-        seen = next(observations for observations, graph in policy.calls if graph and len(observations) != B)
+        *_, seen = (observations for observations, graph in policy.calls if graph and len(observations) != B)
         assert len(seen) == B // 2
         rows = torch.tensor([next(i for i in range(B) if torch.equal(batch[0][i], one)) for one in seen])
         fisher, gradient = dense(old, *batch, mask, fisher_rows=rows)
         x = torch.linalg.solve(fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64), gradient)
         step = math.sqrt(0.04 / (x @ fisher @ x).item()) * x
         torch.testing.assert_close(vector_of(policy) - before, report.step_fraction * step, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_gradient_and_fisher_share_their_passes(fraction):
+    policy = Watching()
+    batch = experience(policy)
+    policy.calls.clear()
+    assert trust_region_step(policy, *batch, fisher_fraction=fraction).accepted
+    assert sum(len(observations) for observations, graph in policy.calls if graph) == B
+
+
+@pytest.mark.parametrize("make", POLICIES)
+@pytest.mark.parametrize("rows", [slice(None), torch.tensor([0, 2, 5])])
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_the_gradient_of_a_linearised_batch_is_the_gradient(make, rows, microbatch_size):
+    policy, reference = make(), make()
+    fill(reference, seed=3)
+    observations, actions, advantages = experience(policy)
+    parameters = list(policy.parameters())
+    with torch.no_grad():
+        settings = {"reference": reference.distribution(observations), "reference_loss": 0.3, "bounded": True}
+    plain, shared = (
+        SurrogateObjective(
+            policy, observations, actions, advantages, mask=uneven_mask(), microbatch_size=microbatch_size, **settings
+        )
+        for _ in range(2)
+    )
+    expected = plain.gradient(parameters)
+    torch.testing.assert_close(shared.gradient(parameters, linearise=rows), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(shared.reference_gradient, plain.reference_gradient, rtol=0, atol=1e-12)
+    assert shared.reference_kl == pytest.approx(plain.reference_kl, rel=1e-12)
+    with torch.no_grad():
+        parameters[0].add_(0.1)
+    assert shared.measure() == pytest.approx(plain.measure(), rel=1e-9)
 
 
 def test_a_very_small_fisher_fraction_still_uses_a_row():

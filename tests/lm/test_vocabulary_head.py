@@ -91,6 +91,16 @@ def test_fisher_product_is_the_metric_pulled_back_through_the_head(chunk, head):
     torch.testing.assert_close(chunked.fisher_product(tangent), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("limit", [0, 2**26])
+def test_later_fisher_products_are_the_same_whether_probabilities_are_kept_or_not(chunk, head, limit, monkeypatch):
+    monkeypatch.setattr(vocabulary_head, "KEPT_ELEMENTS", limit)
+    chunked, plain = both(states(2), head)
+    for seed in (5, 6):
+        tangent = normal(seed, B, T, H)
+        expected = plain.fisher_product(tangent @ head[0].T / TEMPERATURE) @ head[0] / TEMPERATURE
+        torch.testing.assert_close(chunked.fisher_product(tangent), expected, rtol=0, atol=1e-12)
+
+
 def test_fisher_product_is_the_hessian_of_the_kl(head, chunk):
     hidden = normal(2, 1, 1, H)
     chunked, plain = both(hidden, head)
