@@ -58,7 +58,7 @@ def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
 def complete(prompt_mask: Tensor, prompts: Tensor, tokens: Tensor, *, eos_ids: Sequence[int]) -> Completions:
     """Completions from prompts (B, P) and generated tokens (B, T): each ends at its first end of sequence."""
     steps = tokens.shape[1]
-    is_end = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device))
+    is_end = torch.isin(tokens, torch.tensor(list(eos_ids), dtype=tokens.dtype, device=tokens.device))
     ended = is_end.any(-1)
     first = is_end.long().argmax(-1)
     lengths = torch.where(ended, first + 1, steps)
@@ -105,7 +105,7 @@ def sample_completions(
         policy: samples at its own temperature.
         prompt_ids: B prompts as token ids.
         max_new_tokens: the length limit.
-        eos_ids: tokens that end a completion.
+        eos_ids: tokens that end a completion; none: each goes to the limit.
         pad_id: any token; what it is changes nothing.
         generator: CPU generator.
     """
@@ -117,11 +117,11 @@ def sample_completions(
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_ids),
+        eos_token_id=list(eos_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
     )
-    broken = LogitsProcessorList([_EndWhereBroken(eos_ids[0], policy.temperature)])
+    broken = LogitsProcessorList([_EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)])
     seed = int(torch.randint(2**62, (), generator=generator))
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
