@@ -59,6 +59,8 @@ class SurrogateObjective:
         reference: a fixed distribution at the same steps.
         reference_loss: weight of the exact KL to it, in objective units per nat.
         bounded: look at the reference KL also where it has no weight, and differentiate it.
+        holdout_fraction: share of the rows, the last ones, that the gradient is not taken on and that alone the gain is
+            measured on; 0: both are of all rows. The KLs always are.
         microbatch_size: rows computed at a time; the sums are those of the whole batch.
 
     Attributes:
@@ -79,6 +81,7 @@ class SurrogateObjective:
         reference: Distribution | None = None,
         reference_loss: float = 0.0,
         bounded: bool = False,
+        holdout_fraction: float = 0.0,
         microbatch_size: int | None = None,
     ) -> None:
         if bounded and reference is None:
@@ -94,7 +97,14 @@ class SurrogateObjective:
         self._reference = reference if reference_loss or bounded else None
         self._reference_loss = reference_loss
         self._bounded = bounded
-        self._count = self.mask.sum().clamp_min(1)
+        learnt = len(actions) - round(len(actions) * holdout_fraction)
+        self._learnt = self._judged = self.mask  # the steps that the gradient and the gain are means over
+        if holdout_fraction:
+            if not 0 < learnt < len(actions):
+                raise ValueError(f"holdout_fraction {holdout_fraction:g} leaves no row of {len(actions)} on one side")
+            heldout = (torch.arange(len(actions)) >= learnt).to(self.mask.device)
+            heldout = heldout.view(-1, *[1] * (self.mask.ndim - 1))
+            self._learnt, self._judged = self.mask & ~heldout, self.mask & heldout
         self._microbatch_size = microbatch_size
         self._chunks: list[Rows] = list(row_chunks(len(actions), microbatch_size))
         self._linearised: Rows | None = None  # one of the chunks
@@ -104,14 +114,14 @@ class SurrogateObjective:
     @property
     def steps_per_row(self) -> float:
         """Mean number of valid steps in a row: what a mean over steps is multiplied by to be one a row."""
-        return self._count.item() / len(self._actions)
+        return self.mask.sum().item() / len(self._actions)
 
     @torch.no_grad()
     def start_from(self, old: Distribution) -> None:
         """Take `old` (B rows, detached) as theta_old's distribution, for a rule that needs no gradient from here."""
         self._old, self._start, self.reference_kl = [old[rows] for rows in self._chunks], 0.0, None
         for rows, piece in zip(self._chunks, self._old, strict=True):
-            self._add_to_start(*self._means(_at_start, rows, piece))
+            self._add_to_start(rows, *self._per_step(_at_start, rows, piece))
 
     def gradient(self, parameters: list[nn.Parameter], *, linearise: Rows | None = None) -> Tensor:
         """(P,) gradient of the objective at the present parameters, which become theta_old.
@@ -135,14 +145,16 @@ class SurrogateObjective:
                     distribution, _, pullback = self.linearisation
                 else:
                     distribution = self.policy.distribution(self._select(rows))
-                means = self._means(_at_start, rows, distribution)
-                wanted = means if self._bounded else means[:1]
+                objective, *reference = self._per_step(_at_start, rows, distribution)
+                wanted = [_mean(objective, self._learnt, rows)]
+                if self._bounded:
+                    wanted += [_mean(each, self.mask, rows) for each in reference]
                 gradients = [
                     _gradient(value, parameters, distribution, pullback, keep=index + 1 < len(wanted))
                     for index, value in enumerate(wanted)
                 ]
             self._old.append(distribution.detach())
-            self._add_to_start(*means)
+            self._add_to_start(rows, objective, *reference)
             totals = [a + b for a, b in zip(totals, gradients, strict=True)] if totals else gradients
         if self._bounded:
             self.reference_gradient = totals[1] * self.steps_per_row
@@ -155,11 +167,11 @@ class SurrogateObjective:
         for rows, old in zip(self._chunks, self._old, strict=True):
             distribution = self.policy.distribution(self._select(rows))
             objective, kl, *reference = self._per_step(_at_candidate, rows, distribution, old)
-            value += self._mean(objective).item()
-            mean_kl += self._mean(kl).item()
+            value += _mean(objective, self._judged, rows).item()
+            mean_kl += _mean(kl, self.mask, rows).item()
             largest = kl.max().item() if kl.numel() else 0.0
             max_kl = largest if math.isnan(largest) else max(max_kl, largest)
-            reference_kl += sum(self._mean(each).item() for each in reference)
+            reference_kl += sum(_mean(each, self.mask, rows).item() for each in reference)
         per_row = None if self._reference is None else reference_kl * self.steps_per_row
         return Measurement(value - self._start, mean_kl, max_kl, per_row)
 
@@ -170,13 +182,11 @@ class SurrogateObjective:
         pieces = row_chunks(len(others), self._microbatch_size) if len(others) else []
         self._chunks, self._linearised = [*(others[piece] for piece in pieces), rows], rows
 
-    def _add_to_start(self, objective: Tensor, reference_kl: Tensor | None = None) -> None:
-        self._start += objective.item()
+    def _add_to_start(self, rows: Rows, objective: Tensor, reference_kl: Tensor | None = None) -> None:
+        self._start += _mean(objective, self._judged, rows).item()
         if reference_kl is not None:
-            self.reference_kl = (self.reference_kl or 0.0) + reference_kl.item() * self.steps_per_row
-
-    def _means(self, function: Callable[..., Any], rows: Rows, distribution: Distribution) -> list[Tensor]:
-        return [self._mean(each) for each in self._per_step(function, rows, distribution)]
+            here = _mean(reference_kl, self.mask, rows).item() * self.steps_per_row
+            self.reference_kl = (self.reference_kl or 0.0) + here
 
     def _per_step(self, function: Callable[..., Any], rows: Rows, *distributions: Distribution) -> tuple[Tensor, ...]:
         if self._reference is not None:
@@ -191,12 +201,13 @@ class SurrogateObjective:
         )
         return values if isinstance(values, tuple) else (values,)
 
-    def _mean(self, x: Tensor) -> Tensor:
-        """Sum over the valid steps of some rows over the count of all rows', in double precision."""
-        return x.sum(dtype=torch.float64) / self._count
-
     def _select(self, rows: Rows) -> Any:
         return self._observations if len(self._chunks) == 1 else self._observations[rows]
+
+
+def _mean(x: Tensor, counted: Tensor, rows: Rows) -> Tensor:
+    """Sum over the counted steps of some rows over the number of all that are counted, in double precision."""
+    return torch.where(counted[rows], x, 0.0).sum(dtype=torch.float64) / counted.sum().clamp_min(1)
 
 
 def _gradient(

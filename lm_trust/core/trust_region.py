@@ -41,6 +41,7 @@ def trust_region_step(
     accept_ratio: float = 0.0,
     fisher_fraction: float = 1.0,
     fisher_method: str = "auto",
+    holdout_fraction: float = 0.0,
     microbatch_size: int | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     reference: Distribution | None = None,
@@ -65,9 +66,10 @@ def trust_region_step(
         backtrack_ratio, max_backtracks: the line search tries fractions backtrack_ratio ** k, k = 0..max_backtracks.
         first_backtracks: the first k; a caller that remembers what the last step needed saves passes over the batch.
         accept_ratio: least measured gain over predicted gain.
-        fisher_fraction: share of the rows, evenly spread, that the Fisher is taken over. Gradient and line search
-            always see every row.
+        fisher_fraction: share of the rows, evenly spread, that the Fisher is taken over.
         fisher_method: see `FisherOperator`.
+        holdout_fraction: share of the rows, the last ones, on which alone the gain is measured; the gradient is that of
+            the others. A gain on the batch that made the direction overstates. Both KLs are of all rows.
         microbatch_size: rows computed at a time; changes memory, not the result.
         reference, reference_loss: subtract reference_loss * KL(new || reference), exact, from the objective.
         reference_budget: bound on the exact KL(new || reference), nats per row (sequence): the sum over a row's valid
@@ -78,7 +80,7 @@ def trust_region_step(
         The report. Where it says not accepted, the parameters are bit-identical to before.
 
     Raises:
-        ValueError: a budget without a reference.
+        ValueError: a budget without a reference; or a holdout that leaves no row on one side.
     """
     parameters = trainable_parameters(policy)
     objective = SurrogateObjective(
@@ -90,6 +92,7 @@ def trust_region_step(
         reference=reference,
         reference_loss=reference_loss,
         bounded=reference_budget is not None,
+        holdout_fraction=holdout_fraction,
         microbatch_size=microbatch_size,
     )
     direction, report = natural_gradient(

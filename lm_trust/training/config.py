@@ -150,7 +150,7 @@ class LanguageConfig(Section):
                 ("reference.penalty", "must be greater than 0 with reference.adaptive, which starts from it")
             )
         problems += _minibatch_problems(self, rollout.batch_size, f"rollout.batch_size ({rollout.batch_size})")
-        problems += _update_problems(self)
+        problems += _update_problems(self, rollout.batch_size, rollout.samples_per_prompt)
         if self.reference.budget is not None and self.update.kind == "natural_gradient":
             problems.append(
                 ("reference.budget", "cannot be kept with update.kind natural_gradient, a fixed step; use trpo")
@@ -208,7 +208,7 @@ class ControlConfig(Section):
         size = self.environment.count * self.rollout.steps
         problems = _critic_problems(self.advantage.kind, self.critic.kind)
         problems += _minibatch_problems(self, size, f"environment.count * rollout.steps ({size})")
-        problems += _update_problems(self)
+        problems += _update_problems(self, size)
         processes, backend = self.environment.processes, self.environment.backend
         if processes > self.environment.count:
             problems.append(
@@ -271,10 +271,21 @@ def discount(config: Config) -> float:
     return getattr(config.advantage, "gamma", 1.0)
 
 
-def _update_problems(config: Config) -> list[tuple[str, str]]:
+def _update_problems(config: Config, rows: int, group: int = 1) -> list[tuple[str, str]]:
+    """What is wrong with the rule for batches of so many rows, of which groups share a prompt."""
+    problems = []
     if config.update.kind == "trpo_penalty" and config.update.coefficient is None and discount(config) == 1:
-        return [("update.coefficient", "must be given without a discount, where that of the theory is infinite")]
-    return []
+        problems.append(
+            ("update.coefficient", "must be given without a discount, where that of the theory is infinite")
+        )
+    fraction = getattr(config.update, "holdout_fraction", 0.0)
+    heldout = round(rows * fraction)
+    if fraction and (not 0 < heldout < rows or heldout % group):
+        whole = "whole prompts" if group > 1 else "rows"
+        problems.append(
+            ("update.holdout_fraction", f"must leave {whole} on both sides of {rows} rows, got {fraction:g}")
+        )
+    return problems
 
 
 def _minibatch_problems(config: Config, size: int, words: str) -> list[tuple[str, str]]:

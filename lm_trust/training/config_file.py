@@ -208,6 +208,8 @@ def _world(layers: Sequence[Layer], path: str) -> type[LanguageConfig] | type[Co
             f"{plain(path)}: data and model are given, as for lm-trust sft or lm-trust reward-model; "
             "a run of lm-trust train has prompts or an environment"
         )
+    if {"base", "rules"} <= names:
+        raise UserError(f"{plain(path)}: base and rules are given, as for lm-trust compare")
     if {"environment", "model"} <= names:
         raise UserError(
             f"{plain(path)}: both environment (a control run) and model (a language run) are given; keep one"

@@ -156,6 +156,9 @@ class Trpo(Section):
     backtrack_ratio: float = Field(0.8, gt=0, lt=1, description="factor on the step at each backtrack")
     max_backtracks: Count = Field(10, description="backtracks before the step is rejected")
     accept_ratio: Fraction = Field(0.0, description="least share of the predicted gain to accept a step")
+    holdout_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the rows that judge a step and have no part in its direction"
+    )
 
 
 class PpoClip(Section):

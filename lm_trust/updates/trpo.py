@@ -27,6 +27,7 @@ class TRPO:
     accept_ratio: float = 0.0
     fisher_fraction: float = 1.0
     fisher_method: str = "auto"
+    holdout_fraction: float = 0.0
     microbatch_size: int | None = None
     reference_loss: float = 0.0
     reference_budget: float | None = None
@@ -50,6 +51,7 @@ class TRPO:
             accept_ratio=self.accept_ratio,
             fisher_fraction=self.fisher_fraction,
             fisher_method=self.fisher_method,
+            holdout_fraction=self.holdout_fraction,
             microbatch_size=self.microbatch_size,
             reference=batch.reference,
             reference_loss=self.reference_loss,

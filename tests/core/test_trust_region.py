@@ -462,6 +462,52 @@ def test_the_gradient_of_a_linearised_batch_is_the_gradient(make, rows, microbat
     assert shared.measure() == pytest.approx(plain.measure(), rel=1e-9)
 
 
+@pytest.mark.parametrize("make", POLICIES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"microbatch_size": 2}, {"fisher_fraction": 0.5}])
+def test_rows_that_are_held_out_judge_the_step_and_have_no_part_in_its_gradient(make, masked, settings):
+    """Two of six rows; the Fisher and both KLs are still of all rows."""
+    policy, mask = make(), uneven_mask() if masked else None
+    old, (observations, actions, advantages) = copy.deepcopy(policy), experience(policy)
+    held = (torch.arange(B) >= 4).unsqueeze(-1).expand(B, T)
+    valid = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
+    # The gradient of a mean over the others alone: the same with the others' advantages scaled up and these at zero.
+    share = valid.sum() / (valid & ~held).sum()
+    learnt = torch.where(held, 0.0, advantages * share)
+    expected = copy.deepcopy(policy)
+    trust_region_step(expected, observations, actions, learnt, mask=mask, **settings)
+    # Held-out advantages that agree, so that the step is taken as it is.
+    kl, _ = by_hand(old, expected, observations, actions, advantages, mask)
+    before, after = torch_distribution(old(observations)), torch_distribution(expected(observations))
+    agreeing = torch.where(held, (after.log_prob(actions) - before.log_prob(actions)).detach().sign(), advantages)
+    report = trust_region_step(policy, observations, actions, agreeing, mask=mask, holdout_fraction=1 / 3, **settings)
+    assert report.accepted
+    torch.testing.assert_close(vector_of(policy), vector_of(expected), rtol=0, atol=1e-10)
+    assert report.step_kl == pytest.approx(kl.mean().item(), rel=1e-9)
+    _, gain = by_hand(old, policy, observations[4:], actions[4:], agreeing[4:], None if mask is None else mask[4:])
+    assert report.surrogate_gain == pytest.approx(gain, rel=1e-9)
+
+
+def test_a_step_that_is_no_gain_on_the_rows_held_out_is_refused():
+    policy = Discrete()
+    observations, actions, advantages = experience(policy)
+    taken = copy.deepcopy(policy)
+    assert trust_region_step(taken, observations[:4], actions[:4], advantages[:4]).accepted
+    before, after = (each.distribution(observations).log_prob(actions) for each in (policy, taken))
+    against = torch.where((torch.arange(B) >= 4).unsqueeze(-1), -(after - before).detach().sign(), advantages)
+    untouched = bits(policy)
+    report = trust_region_step(policy, observations, actions, against, holdout_fraction=1 / 3)
+    assert report.reason == "no_improvement"
+    assert_untouched(policy, untouched, report)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_a_holdout_leaves_rows_on_both_sides(fraction):
+    policy = Discrete()
+    with pytest.raises(ValueError, match="leaves no row"):
+        trust_region_step(policy, *experience(policy), holdout_fraction=fraction)
+
+
 def test_a_very_small_fisher_fraction_still_uses_a_row():
     policy = Discrete()
     report = trust_region_step(policy, *experience(policy), fisher_fraction=1e-6)

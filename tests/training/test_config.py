@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import lm_trust
+from lm_trust.compare.config import load_comparison
 from lm_trust.errors import UserError
 from lm_trust.training.config import ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import keys_of, variants
@@ -377,7 +378,7 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
             "update.clip",
             "0.2",
             "update.clip: unknown key of kind trpo; its keys are max_kl, anneal, damping, cg_iterations, "
-            "fisher_fraction, fisher_method, backtrack_ratio, max_backtracks, accept_ratio",
+            "fisher_fraction, fisher_method, backtrack_ratio, max_backtracks, accept_ratio, holdout_fraction",
         ),
         (
             "rollout.at_limit",
@@ -498,6 +499,14 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
                 "rollout.samples_per_prompt": "4",
             },
             "update.coefficient: must be given without a discount, where that of the theory is infinite",
+        ),
+        (
+            {"update.kind": "trpo", "update.holdout_fraction": "0.001"},
+            "update.holdout_fraction: must leave rows on both sides of 64 rows, got 0.001",
+        ),
+        (
+            {"update.kind": "trpo", "update.holdout_fraction": "0.3", "rollout.samples_per_prompt": "4"},
+            "update.holdout_fraction: must leave whole prompts on both sides of 64 rows, got 0.3",
         ),
     ],
 )
@@ -652,5 +661,13 @@ STAGES = {"sft.yaml": SftConfig, "reward_model.yaml": RewardModelConfig}
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_that_comes_with_the_package_is_valid(path):
     # The files that some of them name are made by another command first.
-    config = load_config(path, root=STAGES.get(path.name), check_files=False)
+    if path.parent.name == "compare":
+        config = load_comparison(path).config
+    else:
+        config = load_config(path, root=STAGES.get(path.name), check_files=False)
     assert config.output.startswith("runs/")
+
+
+def test_a_comparison_is_not_a_run():
+    with pytest.raises(UserError, match="base and rules are given, as for lm-trust compare"):
+        load_config(CONFIGS / "compare/cartpole.yaml")
