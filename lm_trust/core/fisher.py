@@ -121,12 +121,14 @@ class FisherOperator:
 
     def _weights(self, rows: slice) -> Callable[[Tensor], Tensor]:
         """Per-step weights 1 / N (N valid steps of all rows), 0 where masked, given any (B, T) tensor for its kind."""
+        # Not of `self`: it keeps the products, and a cycle would hold their graphs until the collector comes by.
+        mask, count = self._mask, len(self._observations)
 
         def weights(like: Tensor) -> Tensor:
-            if self._mask is None:
+            if mask is None:
                 steps_a_row = like.numel() // max(len(like), 1)
-                return torch.full_like(like, 1 / (len(self._observations) * steps_a_row))
-            return self._mask[rows].to(like.dtype) / self._mask.sum().clamp_min(1)
+                return torch.full_like(like, 1 / (count * steps_a_row))
+            return mask[rows].to(like.dtype) / mask.sum().clamp_min(1)
 
         return weights
 

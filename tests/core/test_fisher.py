@@ -1,6 +1,8 @@
 """Every Fisher product against the dense Hessian of the KL, built with torch.distributions alone."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -501,3 +503,19 @@ def test_an_error_of_the_policys_own_is_not_hidden_by_auto():
 def test_an_unknown_method_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="gaus_newton"):
         FisherOperator(discrete(), observed(B, T), method="gaus_newton")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_graph_goes_with_the_operator_and_does_not_wait_for_the_collector(method, masked):
+    policy, observations = discrete(), observed(4, 3)
+    operator = FisherOperator(policy, observations, mask=uneven_mask() if masked else None, method=method)
+    gc.collect()
+    gc.disable()
+    try:
+        operator(torch.ones(size_of(policy), dtype=torch.float64))
+        seen = weakref.ref(operator)
+        del operator
+        assert seen() is None
+    finally:
+        gc.enable()
