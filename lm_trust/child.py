@@ -1,24 +1,35 @@
 """An object that lives in a child of this process, and whose methods are called from here.
 
 For work that another core can do meanwhile: `start` a method, do something else, `finish` it. Threads would not do
-where Python's own work is half of it.
+where Python's own work is half of it. And for work that may crash, hang or fill the memory, in a fresh interpreter.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import select
 import signal
+import threading
 import time
-import weakref
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from lm_trust.errors import UserError
 
 _AWAKE = 0.0005  # seconds that either side looks for a message before it sleeps
+
+
+class ChildDied(RuntimeError):  # noqa: N818 - it says what happened
+    """The child's process is gone. exit_code: its status, negative for the number of a signal."""
+
+    def __init__(self, name: str, exit_code: int | None) -> None:
+        super().__init__(f"{name}: its process is gone, with exit code {exit_code}")
+        self.exit_code = exit_code
 
 
 class Child:
@@ -27,22 +38,26 @@ class Child:
     Args:
         target: as it is now; what the child does to it is not seen here, but for what lies in shared memory.
         name: for messages, such as "the critic".
+        fresh: a new interpreter in the place of a fork, to which the target is sent; it shares nothing with this one.
 
     Raises:
         UserError: this platform cannot fork.
     """
 
-    def __init__(self, target: Any, name: str) -> None:
-        if "fork" not in multiprocessing.get_all_start_methods():
+    def __init__(self, target: Any, name: str, *, fresh: bool = False) -> None:
+        if not fresh and "fork" not in multiprocessing.get_all_start_methods():
             raise UserError(f"{name}: a process of its own needs a platform that can fork, such as Linux; leave it out")
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn" if fresh else "fork")
         self._name = name
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(target, theirs, self._connection), daemon=True)
+        given = (target, theirs, None if fresh else self._connection)
+        self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         theirs.close()
         self._poller = _poller(self._connection)
-        self._end = weakref.finalize(self, _end, self._connection)
+        # multiprocessing's own, which at the end of this process runs before it waits for its children.
+        killed = self._process if fresh else None
+        self._end = Finalize(self, _end, args=(self._connection, killed), exitpriority=0)
 
     def start(self, method: str, *given: Any) -> None:
         """Begin a call; one at a time."""
@@ -53,8 +68,15 @@ class Child:
         except OSError:
             raise self._gone() from None
 
-    def finish(self) -> Any:
-        """Wait for the call that was begun: its result, or its exception raised here."""
+    def finish(self, timeout: float | None = None) -> Any:
+        """Wait for the call that was begun: its result, or its exception raised here.
+
+        Raises:
+            TimeoutError: it takes more than `timeout` seconds and goes on; `kill` ends it.
+            ChildDied: the process is gone.
+        """
+        if timeout is not None and not self._poller.poll(1000 * timeout):
+            raise TimeoutError
         try:
             result, error = _receive(self._connection, self._poller)
         except (EOFError, OSError):
@@ -73,9 +95,14 @@ class Child:
         self._end()
         self._process.join(5)
 
-    def _gone(self) -> RuntimeError:
+    def kill(self) -> None:
+        """End the child whatever it does."""
+        self._process.kill()
+        self.close()
+
+    def _gone(self) -> ChildDied:
         self._process.join(1)
-        return RuntimeError(f"{self._name}: its process is gone, with exit code {self._process.exitcode}")
+        return ChildDied(self._name, self._process.exitcode)
 
 
 def _poller(connection: Connection) -> select.poll:
@@ -92,12 +119,15 @@ def _receive(connection: Connection, poller: select.poll) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-def _serve(target: Any, connection: Connection, parents_end: Connection) -> None:
-    parents_end.close()
+def _serve(target: Any, connection: Connection, parents_end: Connection | None) -> None:
+    if parents_end is None:
+        _end_with_parent()
+    else:
+        parents_end.close()
+        _one_thread()
     # The parent finishes its iteration at either signal, and needs its children for it.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
-    _one_thread()
     poller = _poller(connection)
     with suppress(EOFError, OSError):  # the parent is gone
         while (request := _receive(connection, poller)) is not None:
@@ -125,8 +155,22 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _end(connection: Connection) -> None:
+def _end_with_parent() -> None:
+    """Also where a call hangs: who is not looking at the pipe does not see that nobody is there any more."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(connection: Connection, killed: BaseProcess | None) -> None:
     # Said, and not left to the closed pipe: later children have inherited this end of it.
     with suppress(OSError):
         connection.send_bytes(pickle.dumps(None))
     connection.close()
+    if killed is not None:
+        killed.join(1)
+        killed.kill()

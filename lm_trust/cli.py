@@ -45,6 +45,9 @@ _MAY_CHANGE = (
     "prompts.heldout",
 )
 
+# How a reward is called changes nothing that it says, and is what a run that its reward has stopped needs to change.
+_CALLING = ("timeout", "parallel", "process", "memory")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -224,9 +227,7 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     """A resumed run is the same run: only what does not touch its course may change."""
     if type(config) is not type(saved):
         raise UserError(f"--resume: {run} is a run of the other world; give its own CONFIG, or none")
-    from lm_trust.training.config_leaves import leaves
-
-    now, then = leaves(config.model_dump()), leaves(saved.model_dump())
+    now, then = _course(config), _course(saved)
     changed = [
         f"--resume: {key} is {then.get(key)!r} in {run} and {now.get(key)!r} here; "
         "it cannot change in a resumed run, start a new one instead"
@@ -235,3 +236,15 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     ]
     if changed:
         raise UserError("\n".join(changed))
+
+
+def _course(config: Config) -> dict[str, object]:
+    """The configuration's values by dotted keys, without how its rewards are called."""
+    from lm_trust.training.config_leaves import leaves
+
+    values = leaves(config.model_dump())
+    if "rewards" in values:
+        values["rewards"] = [
+            {key: value for key, value in reward.items() if key not in _CALLING} for reward in values["rewards"]
+        ]
+    return values

@@ -25,7 +25,7 @@ def fault(folder: Path) -> str | None:
         listed = {path: (entry["size"], entry["sha256"]) for path, entry in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     present = _files(folder)
     for path in sorted(listed.keys() | present.keys()):
@@ -34,6 +34,9 @@ def fault(folder: Path) -> str | None:
         # A file that nobody listed can change what is loaded: transformers reads any adapter_config.json it finds.
         if path not in listed:
             return f"{path} was not put there by lm_trust"
+        # A link leads elsewhere, and who opens a pipe may wait for ever.
+        if present[path].is_symlink() or not present[path].is_file():
+            return f"{path} is not a plain file"
     try:
         # Sizes first: the usual fault, a truncated file, is then found without reading half a gigabyte.
         for path, (size, _) in listed.items():
@@ -62,8 +65,23 @@ def build_verified(folder: Path, build: Callable[[Path], None]) -> None:
             path: {"size": file.stat().st_size, "sha256": _sha256(file)} for path, file in _files(temporary).items()
         }
         (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+        # Some disks say only here that they are full.
+        for file in (*_files(temporary).values(), temporary / MANIFEST):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
     replace_folder(folder, build_and_seal)
+
+
+def put_back(parent: Path) -> None:
+    """Put the whole folders in `parent` into their places that a kill left beside them, before or between two renames.
+
+    Where something stands in the place already, or the folder is not whole, it is left to the next `replace_folder`.
+    """
+    for aside in parent.glob(".*.tmp"):
+        place = parent / aside.name[1:].removesuffix(".tmp").rpartition(".")[0]
+        if not os.path.lexists(place) and fault(aside) is None:
+            aside.rename(place)
 
 
 def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lm_trust.errors import UserError
+from lm_trust.lm.loading import check_holds_adapter
 from lm_trust.lm.pretrained import SMOLLM2, first_line, quiet
 from lm_trust.lm.smollm2 import FOLDER
 from lm_trust.lm.text_models import TextModel, load_model, with_tokenizer
@@ -109,8 +110,11 @@ def _load_adapter(folder: Path, section: Any, *, key: str, device: torch.device 
         UserError: it holds no head, or its base cannot be loaded.
     """
     try:
+        check_holds_adapter(folder)
         config = PeftConfig.from_pretrained(str(folder))
         labels = _saved_labels(load_peft_weights(str(folder), device="cpu"))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     except Exception as error:
         raise UserError(f"{key}: the adapter {str(folder)!r} cannot be read: {first_line(error)}") from error
     if labels is None:

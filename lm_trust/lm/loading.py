@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
-from lm_trust.lm.pretrained import first_line, quiet, source_of
+from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
 
 
 def load_tokenizer(
@@ -58,13 +59,16 @@ def load_base(
     """The causal language model in float32, frozen and in evaluation mode.
 
     Raises:
-        UserError: it cannot be loaded, or its head is not one linear map of the last hidden state.
+        UserError: it cannot be loaded, its weights are in a pickle file, or its head is not one linear map of the last
+            hidden state.
     """
     source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
+    if "local_files_only" in options:
+        refuse_pickle(Path(source), "model.path")
     try:
         with quiet(bars="local_files_only" not in options, reports=False):
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **options
+                source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
             )
     except Exception as error:
         raise UserError(f"model.path: no language model could be loaded from {path!r}: {first_line(error)}") from error
@@ -152,13 +156,14 @@ def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = 
         UserError: the folder holds no adapter that fits the base.
     """
     try:
-        if Path(folder).is_dir():
-            check_holds_adapter(Path(folder))
+        local = str(adapter_folder(folder))
         with quiet():
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+            model = PeftModel.from_pretrained(base, local, is_trainable=True)
         if keep_reference:
-            model.load_adapter(str(folder), REFERENCE_ADAPTER, is_trainable=False)
+            model.load_adapter(local, REFERENCE_ADAPTER, is_trainable=False)
             model.set_adapter("default")
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"adapter {str(folder)!r} could not be loaded: {first_line(error)}") from error
     if _changes_head(model):
@@ -246,10 +251,31 @@ def _check_head(model: nn.Module) -> None:
     )
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Where an adapter lies: the folder itself, or what a hub id's repository holds of one, and no pickle of it.
+
+    Raises:
+        UserError: its weights are in a pickle file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
+    check_holds_adapter(folder)
+    return folder
+
+
 def check_holds_adapter(folder: Path) -> None:
-    """Look before peft does, which asks the hub for a local folder that is not there."""
+    """Look before peft does, which asks the hub for a local folder that is not there, and would read a pickle.
+
+    Raises:
+        UserError: its weights are in a pickle file.
+    """
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"there is no {CONFIG_NAME} in it")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        refuse_pickle(folder, "adapter")
+        raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in it")
 
 
 def _changes_head(model: PeftModel) -> bool:

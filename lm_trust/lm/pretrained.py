@@ -1,7 +1,11 @@
-"""Where a pretrained model comes from: the special name `smollm2-135m`, a local folder, or a hub id."""
+"""Where a pretrained model comes from: the special name `smollm2-135m`, a local folder, or a hub id.
+
+Weights are read from safetensors files alone. The older files (.bin, .pt) are pickles, which may run code when read.
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +14,12 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from lm_trust.errors import UserError
 from lm_trust.lm.smollm2 import smollm2_folder
 
 SMOLLM2 = "smollm2-135m"
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
 def source_of(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, dict[str, Any]]:
@@ -25,6 +32,32 @@ def source_of(path: str, *, revision: str | None = None, trust_remote_code: bool
     if folder.is_dir():
         return str(folder), {"local_files_only": True, "trust_remote_code": trust_remote_code}
     return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+
+
+def refuse_pickle(folder: Path, key: str) -> None:
+    """See that a local folder's weights, where it holds any, are in safetensors files of its own.
+
+    Raises:
+        UserError: they are in a pickle file, or an index names another file than one of the folder's; names `key`.
+    """
+    files = [path for path in folder.iterdir() if path.is_file()]
+    pickles = sorted(path.name for path in files if path.suffix in PICKLES)
+    if pickles and not any(path.suffix == SAFETENSORS for path in files):
+        raise UserError(
+            f"{key}: {folder} holds its weights in {pickles[0]}, a pickle file, which may run code when it is read; "
+            "convert them to safetensors (save_pretrained does it)"
+        )
+    for index in (path for path in files if path.name.endswith(f"{SAFETENSORS}.index.json")):
+        for name in _named_files(index, key):
+            if Path(name).name != name or Path(name).suffix != SAFETENSORS:
+                raise UserError(f"{key}: {index} names {name!r}, which is not a safetensors file beside it")
+
+
+def _named_files(index: Path, key: str) -> list[str]:
+    try:
+        return sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{key}: {index} is not an index of weights ({type(error).__name__})") from error
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What one reward function says of a batch: called with the columns that it takes, and every answer checked.
 
-Nothing is repaired. A call that raises or exceeds its time, a wrong count, a None or a NaN is a RewardError that
-names the reward and the first sample at fault.
+Nothing is repaired. A call that raises, exceeds its time or ends its process, a wrong count, a None or a NaN is a
+RewardError that names the reward and the first sample at fault.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 from torch import Tensor
 
 from lm_trust.errors import UserError
-from lm_trust.lm.reward_calls import CallTimeout, run_calls
+from lm_trust.lm.reward_calls import CallTimeout, Outcome, run_calls
 from lm_trust.lm.reward_functions import Reward
+from lm_trust.lm.reward_process import Mishap, RewardProcess
 from lm_trust.lm.reward_words import one_line, sample_words, short
 
 Samples = Mapping[str, list]
@@ -78,7 +79,7 @@ class Question:
         size = count if self.parallel == 1 else 1
         spans = [(start, start + size) for start in (range(count) if self.parallel > 1 else (0,))]
         calls = [_given(self.function, samples, *span) for span in spans]
-        outcomes = run_calls(self.function, calls, timeout=self.timeout, parallel=self.parallel)
+        outcomes = self._run(calls)
         answers: list[Answer] = []
         for (start, stop), outcome in zip(spans, outcomes, strict=False):  # none follows a failed call
             if outcome.error is not None:
@@ -91,13 +92,14 @@ class Question:
         late = isinstance(error, CallTimeout)
         # A call that takes too long on many samples says nothing of any one of them.
         index = start if stop - start == 1 else None if late else self._first_failure(samples, stop)
+        said = str(error) if isinstance(error, Mishap) else f"raised {one_line(error)}"
         where = f"a batch of {stop - start} samples" if index is None else sample_words(samples, index)
         if late:
             return RewardError(
                 f"{self.name} did not return within {self.timeout:g} s on {where}; make it faster, or raise its timeout"
             )
         return RewardError(
-            f"{self.name} raised {one_line(error)} on {where}; "
+            f"{self.name} {said} on {where}; "
             "make it return a number for every text that the model can write, the empty one too"
         )
 
@@ -109,13 +111,18 @@ class Question:
 
         def fails(start: int, stop: int) -> bool:
             call = _given(self.function, samples, start, stop)
-            return run_calls(self.function, [call], timeout=self.timeout)[0].error is not None
+            return self._run([call])[0].error is not None
 
         low, high = 0, count
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if fails(low, middle) else (middle, high)
         return low if count and fails(low, high) else None
+
+    def _run(self, calls: list[dict[str, list]]) -> list[Outcome]:
+        # A process ends its late calls itself.
+        timeout = None if isinstance(self.function, RewardProcess) else self.timeout
+        return run_calls(self.function, calls, timeout=timeout, parallel=self.parallel)
 
     def _listed(self, returned: Any, samples: Samples, start: int, stop: int) -> list:
         """The answers of samples start to stop as a list of as many."""

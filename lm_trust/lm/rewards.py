@@ -33,6 +33,7 @@ from torch import Tensor
 from lm_trust.errors import UserError
 from lm_trust.lm.reward_answers import Question, RewardError, required_columns
 from lm_trust.lm.reward_functions import Reward, resolve_reward
+from lm_trust.lm.reward_process import RewardProcess
 from lm_trust.lm.reward_words import did_you_mean, sample_words, short
 from lm_trust.lm.text_pieces import cut_steps
 
@@ -49,8 +50,8 @@ class RewardPart:
 
     function: a name as in a configuration, or a callable. weight: its factor in the sum. dense: it scores unfinished
     texts too, and each token is paid the change it makes; with level sequence. level: what it gives numbers for.
-    step_delimiter: ends a step, with level step. timeout, parallel: see `Question`. label: what metrics call it;
-    None: the last piece of the function's name.
+    step_delimiter: ends a step, with level step. timeout, parallel: see `Question`. process, memory: see
+    `RewardProcess`, which needs a name. label: what metrics call it; None: the last piece of the function's name.
     """
 
     function: str | Reward
@@ -60,6 +61,8 @@ class RewardPart:
     step_delimiter: str = "\n"
     timeout: float | None = None
     parallel: int = 1
+    process: bool = False
+    memory: int | None = None
     label: str | None = None
 
     @property
@@ -215,8 +218,14 @@ def _resolved(part: RewardPart, key: str, taken: Sequence[str]) -> _Part:
     if not isinstance(part.weight, Real) or not math.isfinite(part.weight):
         raise UserError(f"{key}.weight: {short(part.weight)} is not a finite number")
     function, name = part.function, part.function
-    if isinstance(name, str):
+    if isinstance(name, str) and part.process:
+        function = RewardProcess(name, key=key, timeout=part.timeout, memory=part.memory)
+    elif isinstance(name, str):
         function = resolve_reward(name, key=f"{key}.name")
+    elif part.process:
+        raise UserError(
+            f"{key}.process: a process of its own imports its function by a name; give package.module:function"
+        )
     else:
         name = part.label or getattr(function, "__name__", type(function).__name__)
     label = _distinct(part.label or name.replace(":", ".").rpartition(".")[2], taken)

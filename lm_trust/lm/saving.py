@@ -16,7 +16,7 @@ from lm_trust.errors import UserError
 from lm_trust.lm.generation import eos_ids
 from lm_trust.lm.loading import check_holds_adapter
 from lm_trust.lm.policy import CausalPolicy
-from lm_trust.lm.pretrained import first_line, quiet
+from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle
 from lm_trust.verified_folder import replace_folder
 
 ADAPTER, MODEL = "adapter", "model"
@@ -84,6 +84,8 @@ def load_trained(policy: CausalPolicy, folder: Path) -> None:
     name = trained_name(policy)
     try:
         differing = (_load_adapter if name == ADAPTER else _load_model)(policy, folder)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder}: the {name} could not be loaded: {first_line(error)}") from error
     if differing:
@@ -104,12 +106,13 @@ def _load_model(policy: CausalPolicy, folder: Path) -> list[str]:
     """The names of what only one of the two has; transformers would make up the weights that it misses."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError("there is no config.json in it")
+    refuse_pickle(folder, MODEL)
     # Looked at first: a class that is given another one's configuration fills it up with sizes of its own.
     if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != policy.model.config.model_type:
         return ["model_type"]
     with quiet(bars=False, reports=False):
         saved, report = type(policy.model).from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, use_safetensors=True
         )
     differing = [*report["missing_keys"], *report["unexpected_keys"]]
     if not differing:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lm_trust.errors import UserError
-from lm_trust.lm.pretrained import first_line, quiet, source_of
+from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def load_model(
         UserError: it cannot be loaded.
     """
     source, place = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
+    if "local_files_only" in place:
+        refuse_pickle(Path(source), key)
     settings |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    settings["use_safetensors"] = True
     try:
         # The caller's generator stays as it was: what the files lack is drawn at random.
         with quiet(bars="local_files_only" not in place, reports=False), torch.random.fork_rng(devices=[]):

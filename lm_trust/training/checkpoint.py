@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lm_trust.errors import UserError
-from lm_trust.verified_folder import build_verified, fault
+from lm_trust.verified_folder import build_verified, fault, put_back
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
 
@@ -28,6 +28,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, iteration: int, keep
     """Write the state, and drop the oldest checkpoints beyond `keep_last` and those of later iterations.
 
     A later one is torn, or of a run that this one replaces: were it kept, it would stand in the place of a good one.
+    Nothing is dropped before the new one has been read back and its checksums were found right.
 
     Args:
         folder: the run's `checkpoints/`.
@@ -36,7 +37,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, iteration: int, keep
         keep_last: how many stay, at least 1.
 
     Raises:
-        UserError: it cannot be written; older checkpoints are intact.
+        UserError: it cannot be written, or is not what was written; older checkpoints are intact.
     """
 
     def build(target: Path) -> None:
@@ -51,6 +52,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, iteration: int, keep
         build_verified(path, build)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the checkpoint could not be written ({error}); older ones are intact") from error
+    problem = fault(path)
+    if problem is not None:
+        raise UserError(
+            f"{path}: the checkpoint is not what was written ({problem}); check the disk; older ones are kept"
+        )
     kept = [other for other in _checkpoints(folder) if _iteration(other) <= iteration][-keep_last:]
     for other in _checkpoints(folder):
         if other not in kept:
@@ -67,10 +73,33 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     for path in reversed(_checkpoints(folder)):
         problem = fault(path)
         if problem is None:
-            tensors = load_file(path / TENSORS)
-            return _unpack(json.loads((path / STATE).read_text(encoding="utf-8")), tensors)
+            try:
+                return _read(path)
+            except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+                problem = f"it cannot be read ({type(error).__name__})"  # sealed, but by someone else
         logger.warning("skipping the checkpoint %s: %s", path, problem)
     raise UserError(f"{folder}: no whole checkpoint to resume from; start the run anew with another --output")
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether any checkpoint has been written there, whole or not; one that a kill left unnamed is named first.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        put_back(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); a run goes on in its own folder") from error
+    return bool(_checkpoints(folder))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tensors = load_file(path / TENSORS)
+    state = _unpack(json.loads((path / STATE).read_text(encoding="utf-8")), tensors)
+    if not isinstance(state, dict):
+        raise TypeError("not a dictionary")
+    return state
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -248,14 +248,16 @@ def _fisher_problems(config: LanguageConfig) -> list[tuple[str, str]]:
 
 
 def _reward_problems(config: LanguageConfig) -> list[tuple[str, str]]:
-    return [
-        (
-            f"rewards.{index}.dense",
-            f"has no meaning with level {reward.level}, which says itself what each token is paid",
-        )
-        for index, reward in enumerate(config.rewards)
-        if reward.kind == "function" and reward.dense and reward.level != "sequence"
-    ]
+    problems = []
+    for index, reward in enumerate(config.rewards):
+        if reward.kind != "function":
+            continue
+        if reward.dense and reward.level != "sequence":
+            words = f"has no meaning with level {reward.level}, which says itself what each token is paid"
+            problems.append((f"rewards.{index}.dense", words))
+        if reward.memory is not None and not reward.process:
+            problems.append((f"rewards.{index}.memory", "limits a process of its own, which needs process true"))
+    return problems
 
 
 def _critic_problems(advantage: str, critic: str) -> list[tuple[str, str]]:

@@ -36,6 +36,8 @@ class FunctionReward(Section):
     step_delimiter: Name = Field("\n", description="ends a step of a completion, with level step")
     timeout: Rate | None = Field(None, description="seconds that one call may take; null: no limit")
     parallel: Positive = Field(1, description="calls at once, each of one sample; 1: one call for all samples")
+    process: bool = Field(False, description="call it in a process of its own, which may crash, hang or be ended")
+    memory: Positive | None = Field(None, description="MiB that process may take beside its imports; null: no limit")
 
 
 class ClassifierReward(Section):

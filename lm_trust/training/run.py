@@ -10,7 +10,7 @@ from rich.console import Console
 from lm_trust.errors import UserError
 from lm_trust.training.best import best_folder
 from lm_trust.training.build import World, build_language_policy, build_tokenizer, build_world
-from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
+from lm_trust.training.checkpoint import holds_checkpoint, load_checkpoint, save_checkpoint
 from lm_trust.training.completion_table import show_completions, write_completions
 from lm_trust.training.config import Config, LanguageConfig
 from lm_trust.training.config_file import dump, load_config
@@ -33,7 +33,8 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
     Args:
         config: validated.
         output: the run folder.
-        resume: a run folder to go on from; its newest whole checkpoint is taken.
+        resume: a run folder to go on from; its newest whole checkpoint is taken. A run that ended before its first
+            checkpoint begins again.
 
     Returns:
         The exit status: 0, or 130 / 143 after a signal.
@@ -50,7 +51,11 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
     try:
         check_videos(config)
         if resume is not None:
-            _restore(trainer, RunFolder(resume).checkpoints)
+            checkpoints = RunFolder(resume).checkpoints
+            if holds_checkpoint(checkpoints):
+                _restore(trainer, checkpoints)
+            else:
+                console.print("There is no checkpoint yet: the run begins again.", highlight=False)
             folder.forget_after(trainer.iteration)
         folder.write_config(dump(config))
         with Recorder(config, world, folder, resumed=resume is not None) as recorder, Interruption() as interruption:
@@ -197,8 +202,8 @@ def _restore(trainer: Trainer, checkpoints: Path) -> None:
     state = load_checkpoint(checkpoints)
     try:
         trainer.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--resume: {checkpoints} is of another model or configuration ({reason})") from error
 
 

@@ -104,14 +104,18 @@ class RunFolder:
             file.write(_line(record))
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The file's records; a last line that a kill left unfinished is not one."""
+        """The file's records; a last line that a kill left unfinished is not one.
+
+        Raises:
+            UserError: another line is not a record.
+        """
         path = self.path / name
         if not path.exists():
             return []
         records = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                records.append(json.loads(line))
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):
+                records.append(_record(line, f"{path}, line {number}"))
         return records
 
     def replace(self, name: str, text: str) -> None:
@@ -125,6 +129,16 @@ class RunFolder:
 def json_text(record: dict[str, Any]) -> str:
     """A JSON file's text, to be read by people too; numbers that are not finite become null."""
     return json.dumps(_finite(record), indent=2) + "\n"
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a line that a run wrote; take it out, or take the file back from a copy")
+    return record
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ def build(*sections, device="cpu"):
 
 def test_every_key_of_a_function_arrives():
     given = {"weight": -2.0, "dense": True, "level": "step", "step_delimiter": ";", "timeout": 3.0, "parallel": 4}
+    given |= {"process": True, "memory": 500}
     assert {"kind", "name", *given} == FunctionReward.model_fields.keys()
     rewards = build({"name": "vader"}, {"name": "length", **given})
     assert rewards.parts == {"vader": RewardPart("vader"), "length": RewardPart("length", **given)}
