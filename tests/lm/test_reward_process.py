@@ -174,8 +174,11 @@ def test_what_cannot_be_imported_there_is_told_at_once(name, told):
 
 
 HANGING = """
+import signal
 from lm_trust.lm.reward_process import RewardProcess
 if __name__ == "__main__":
+    # A shell's background command begins with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     odd = RewardProcess("own_process_rewards:odd", key="rewards[0]")
     print(odd._idle.queue[0]._process.pid, flush=True)
     odd(completions=["sleep"])
