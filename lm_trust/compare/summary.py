@@ -81,7 +81,7 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     share = (best["mean"] - start) / (top - start)
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
     return [
-        f"The most that {best['kl']:g} nats can buy is estimated at {top:.3g}, from {start:.3g} at the start{bought}."
+        f"The most that {best['kl']:g} nats can buy is estimated at {_number(top)}, from {_number(start)} at the start{bought}."
     ]
 
 
@@ -163,8 +163,12 @@ def _one_update(report: Line) -> list[str]:
 
 
 def _estimate(row: Line) -> str:
-    interval = "" if row["low"] is None else f" [{row['low']:.3g}, {row['high']:.3g}]"
-    return f"{row['mean']:.3g}{interval}"
+    interval = "" if row["low"] is None else f" [{_number(row['low'])}, {_number(row['high'])}]"
+    return f"{_number(row['mean'])}{interval}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _list(names: Sequence[str]) -> str:
