@@ -80,9 +80,8 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     top = float(np.interp(best["kl"], kls, rewards))
     share = (best["mean"] - start) / (top - start)
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
-    return [
-        f"The most that {best['kl']:g} nats can buy is estimated at {_number(top)}, from {_number(start)} at the start{bought}."
-    ]
+    gain = f"{_number(top)}, from {_number(start)} at the start"
+    return [f"The most that {best['kl']:g} nats can buy is estimated at {gain}{bought}."]
 
 
 def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line) -> tuple[float, float] | None:
