@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from control_table import PLACES, begin_or_go_on, differing, is_finished, remake, train_seconds  # beside this file
+from control_table import PLACES, begin_or_go_on, differing, remake, train_seconds  # beside this file
 
 from lm_trust.arguments import split_overrides
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import load_config
 from lm_trust.training.progress import format_duration
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.run_folder import RunFolder, is_finished
 
 OUTPUT = Path("runs/control_results")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from lm_trust.compare import running
 from lm_trust.control.evaluation import t_interval
 from lm_trust.errors import UserError
 from lm_trust.training.compare_curves import plot_runs
 from lm_trust.training.config import Config
 from lm_trust.training.config_file import load_config
-from lm_trust.training.config_leaves import leaves
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.config_leaves import differing_keys, leaves
+from lm_trust.training.run_folder import RunFolder, is_finished
 
 PAGE = Path(__file__).with_name("control_results.md")
 PICTURES = Path(__file__).parent.parent / "docs"
@@ -51,19 +51,11 @@ TASKS = {
 }
 
 
-def is_finished(folder: Path) -> bool:
-    return (folder / "evaluation.json").is_file() and "after" in RunFolder(folder).evaluation()
-
-
 def begin_or_go_on(folder: Path, name: str) -> list[str]:
-    """The options of `lm-trust train` for a run that is not finished, whose folder may hold its checkpoints."""
-    if any((folder / "checkpoints").glob("*")):
-        print(f"{name}: goes on", flush=True)
-        return ["--resume", str(folder)]
-    print(f"{name}: begins", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return ["--output", str(folder)]
+    """The options of `lm-trust train` for a run that is not finished; says which it is."""
+    options = running.begin_or_go_on(folder)
+    print(f"{name}: {'goes on' if options[0] == '--resume' else 'begins'}", flush=True)
+    return options
 
 
 def train_seconds(folder: Path) -> float:
@@ -74,8 +66,7 @@ def train_seconds(folder: Path) -> float:
 def differing(one: Config, other: Config, *may_differ: str) -> list[str]:
     """The keys in which two configs differ, without those that do not touch a run's course."""
     left, right = leaves(one.model_dump()), leaves(other.model_dump())
-    keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]
-    return [key for key in keys if not key.startswith((*MAY_DIFFER, *may_differ))]
+    return differing_keys(left, right, (*MAY_DIFFER, *may_differ))
 
 
 @dataclass(frozen=True)

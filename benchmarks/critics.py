@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from control_table import begin_or_go_on, differing, is_finished, train_seconds  # beside this file
+from control_table import begin_or_go_on, differing, train_seconds  # beside this file
 
 from lm_trust.arguments import split_overrides
 from lm_trust.control.evaluation import t_interval
@@ -35,7 +35,7 @@ from lm_trust.errors import UserError
 from lm_trust.training.config import Config
 from lm_trust.training.config_file import load_config
 from lm_trust.training.progress import format_duration
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.run_folder import RunFolder, is_finished
 
 OUTPUT = Path("runs/critics")
 PAGE = Path(__file__).with_name("critics.md")

@@ -24,18 +24,16 @@ median counts; memory is the process's highest beyond what it held before (Linux
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from programs.measuring import peak_memory, start_of_memory, synchronize  # beside this file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -133,36 +131,6 @@ def take_turns(programs: dict[str, Callable[[], Any]], repeats: int, reset: Call
             seconds[name].append(time.perf_counter() - started)
             mib[name].append(peak_memory() - before)
     return {name: Cost(statistics.median(seconds[name]), max(mib[name])) for name in programs}
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def start_of_memory() -> float:
-    """MiB held now; the peak is counted from here."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    if sys.platform != "linux":
-        return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is allocated now
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    return resident_memory("VmRSS")
-
-
-def peak_memory() -> float:
-    """MiB at most since `start_of_memory`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_memory("VmHWM") if sys.platform == "linux" else float("nan")
-
-
-def resident_memory(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
 def print_costs(costs: dict[str, Cost], title: str, *units: str) -> None:

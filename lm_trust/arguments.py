@@ -105,11 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("reward-model", "train a reward model on preferences", texts.REWARD_MODEL, texts.REWARD_MODEL_EXAMPLES),
     ):
         stage = command(name, summary, text, examples, "CONFIG [--output DIR] [--section.key VALUE ...]")
-        stage.add_argument("config", metavar="CONFIG", help="YAML file")
-        stage.add_argument("--output", metavar="DIR", help="run folder (default: runs/NAME for a CONFIG NAME.yaml)")
-        stage.add_argument(
-            "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
-        )
+        _add_config(stage, "run folder", "--section.key")
 
     evaluate = command(
         "evaluate",
@@ -198,10 +194,8 @@ def make_parser() -> argparse.ArgumentParser:
         texts.COMPARE_EXAMPLES,
         "CONFIG [--output DIR] [--plot-only] [--key VALUE ...]",
     )
-    compare.add_argument("config", metavar="CONFIG", help="YAML file")
-    compare.add_argument("--output", metavar="DIR", help="its folder (default: runs/NAME for a CONFIG NAME.yaml)")
+    _add_config(compare, "its folder", "--key")
     compare.add_argument("--plot-only", action="store_true", help="make the page again from what is in the folder")
-    compare.add_argument("--key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed")
 
     worlds = ("language", "control", "compare", "sft", "reward-model")
     config = command(
@@ -209,6 +203,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     config.add_argument("world", choices=worlds, help="the kind of run")
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, folder: str, key: str) -> None:
+    """CONFIG, its output folder, and the option that stands for all of its keys."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("--output", metavar="DIR", help=f"{folder} (default: runs/NAME for a CONFIG NAME.yaml)")
+    parser.add_argument(key, metavar="VALUE", dest="_override", help="set a key of the config, as often as needed")
 
 
 def _whole(text: str, least: int) -> int:

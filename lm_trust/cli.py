@@ -20,12 +20,8 @@ from lm_trust.errors import UserError
 if TYPE_CHECKING:
     from lm_trust.training.config import Config
 
-_WITH_CONFIG = (
-    "train",
-    "sft",
-    "reward-model",
-    "compare",
-)  # the commands whose config's keys may stand on the command line
+# The commands whose config's keys may stand on the command line.
+_WITH_CONFIG = ("train", "sft", "reward-model", "compare")
 # What a resumed run may change: how long it is, what is noted on the way, and where the same files lie now.
 _MAY_CHANGE = (
     "output",
@@ -227,12 +223,13 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     """A resumed run is the same run: only what does not touch its course may change."""
     if type(config) is not type(saved):
         raise UserError(f"--resume: {run} is a run of the other world; give its own CONFIG, or none")
+    from lm_trust.training.config_leaves import differing_keys
+
     now, then = _course(config), _course(saved)
     changed = [
         f"--resume: {key} is {then.get(key)!r} in {run} and {now.get(key)!r} here; "
         "it cannot change in a resumed run, start a new one instead"
-        for key in {**then, **now}
-        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE)
+        for key in differing_keys(then, now, _MAY_CHANGE)
     ]
     if changed:
         raise UserError("\n".join(changed))

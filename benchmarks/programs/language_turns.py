@@ -5,17 +5,15 @@ Nothing of lm_trust or trl is imported here: each side has an environment of its
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
-import torch
+from measuring import peak_memory, start_of_memory, synchronize  # beside this file
 from torch import nn
 
 # In seconds. The processor's, of all threads, does not count what other programs take of it.
@@ -81,40 +79,10 @@ class Turns:
     def done(self) -> None:
         """An iteration is done: report it, then wait."""
         synchronize()
-        self._report(mib=peak_mib(), **{clock: read() - self._started[clock] for clock, read in CLOCKS.items()})
+        self._report(mib=peak_memory(), **{clock: read() - self._started[clock] for clock, read in CLOCKS.items()})
 
     def _report(self, **line: float) -> None:
         print(json.dumps(line), file=self._reports)
         if not sys.stdin.readline():
             sys.exit()
         self._started = {clock: read() for clock, read in CLOCKS.items()}
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def start_of_memory() -> float:
-    """MiB held now, by the GPU where there is one, else by the process (Linux); the peak is counted from here."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    if sys.platform != "linux":
-        return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left would hide what is allocated later
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    return _resident("VmRSS")
-
-
-def peak_mib() -> float:
-    """The most that was held since `start_of_memory`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _resident("VmHWM") if sys.platform == "linux" else float("nan")
-
-
-def _resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 2**10

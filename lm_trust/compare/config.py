@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from lm_trust.compare.words import cell_name, knob_text
 from lm_trust.errors import UserError
 from lm_trust.training.config import Config, ConfigError, LanguageConfig
 from lm_trust.training.config_file import load_config, load_plain
@@ -120,11 +121,6 @@ class Candidate:
     config: Config
 
 
-def cell_name(rule: str, value: float | None, seed: int) -> str:
-    """A cell in words, as in "trpo 0.02, seed 0"."""
-    return f"{rule}, seed {seed}" if value is None else f"{rule} {value:g}, seed {seed}"
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A comparison, validated to its last cell.
@@ -140,6 +136,11 @@ class Comparison:
     output: Path
     cells: list[Cell]
     candidates: list[Candidate]
+
+    @property
+    def first_cells(self) -> dict[str, Cell]:
+        """The first cell of each rule."""
+        return {cell.rule: cell for cell in reversed(self.cells)}
 
     @property
     def language(self) -> bool:
@@ -201,4 +202,4 @@ def _run_config(path: str, base: str, config: CompareConfig, name: str, value: f
 
 
 def _cell_folder(output: Path, rule: str, value: float | None, seed: int) -> Path:
-    return output / "cells" / rule / ("run" if value is None else f"{value:g}") / f"seed{seed}"
+    return output / "cells" / rule / (knob_text(value) or "run") / f"seed{seed}"

@@ -42,6 +42,7 @@ SYMBOLS = {
     "star-open": "M0,-5L1.3,-1.6L5,-1.5L2.1,0.8L3.1,4.3L0,2.2L-3.1,4.3L-2.1,0.8L-5,-1.5L-1.3,-1.6Z",  # of no rule
 }
 
+Line = Mapping[str, Any]  # of a report
 Trace = dict[str, Any]
 
 
@@ -57,6 +58,9 @@ class RuleStyle(NamedTuple):
     colour: str
     dash: str
     symbol: str
+
+
+Styles = Mapping[str, RuleStyle]  # by the rules' names
 
 
 def rule_styles(names: Iterable[str]) -> dict[str, RuleStyle]:
@@ -81,15 +85,6 @@ def rounded(values: Iterable[Any]) -> list[float | None]:
 def points(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
     """The rows of these columns of which every entry is a finite number."""
     return [row for row in zip(*columns, strict=False) if all(known(_plain(value)) for value in row)]
-
-
-def knob_text(value: Any) -> str:
-    """A knob's value as it is written in a config, or nothing where a rule has no knob."""
-    return "" if value is None else f"{value:g}"
-
-
-def cell_text(rule: str, value: Any) -> str:
-    return f"{rule} {knob_text(value)}".strip()
 
 
 def safe(text: Any) -> str:

@@ -6,16 +6,17 @@ rule that it belongs to, so that the page can hide a rule everywhere at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from lm_trust.compare.figure_parts import (
+    Line,
     RuleStyle,
+    Styles,
     Trace,
     axis,
     band,
-    cell_text,
     error_bars,
     figure,
     identity,
@@ -26,10 +27,8 @@ from lm_trust.compare.figure_parts import (
     safe,
     spread,
 )
+from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
-
-Line = Mapping[str, Any]
-Styles = Mapping[str, RuleStyle]
 
 # How the limit stands beside the rules: as one of them, under names that no rule can have.
 LIMIT, BEST_OF_N = "the limit", "best of n"
@@ -120,7 +119,7 @@ def _run_points(report: Line, styles: Styles) -> list[Trace]:
                 "mode": "markers",
                 "x": rounded(cell["step_kl"] for cell in rows),
                 "y": rounded(cell["reward"] for cell in rows),
-                "text": [safe(f"{cell_text(rule, cell['value'])}, seed {cell['seed']}") for cell in rows],
+                "text": [safe(cell_name(rule, cell["value"], cell["seed"])) for cell in rows],
                 "marker": {"color": style.colour, "symbol": style.symbol, "size": 6, "opacity": 0.4},
                 "hovertemplate": "%{y:.4g} at %{x:.3g} nats<extra>%{text}</extra>",
                 "meta": {"rule": rule},

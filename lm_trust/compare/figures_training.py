@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from lm_trust.compare.figure_parts import (
+    Line,
     RuleStyle,
+    Styles,
     Trace,
     axis,
     band,
-    cell_text,
     error_bars,
     faint,
     figure,
     identity,
-    knob_text,
     known,
     layout,
     line,
@@ -26,6 +26,7 @@ from lm_trust.compare.figure_parts import (
     safe,
     spread,
 )
+from lm_trust.compare.words import cell_text, knob_text
 from lm_trust.training.compare_curves import group_curve
 from lm_trust.training.plots import INK
 
@@ -33,8 +34,6 @@ PLACES = 120  # that a curve is drawn from
 MARKS = 300  # iterations of a rule in a scatter
 SECONDS = "seconds of rollout and update"
 
-Line = Mapping[str, Any]
-Styles = Mapping[str, RuleStyle]
 Groups = dict[tuple[str, Any], list[list[Line]]]  # (rule, knob value): the lines of each run, in order
 
 

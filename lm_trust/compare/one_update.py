@@ -17,7 +17,7 @@ from lm_trust.errors import UserError
 from lm_trust.training.build import build_world
 from lm_trust.training.build_update import build_update
 from lm_trust.training.config import Config, LanguageConfig
-from lm_trust.training.config_leaves import leaves
+from lm_trust.training.config_leaves import differing_keys, leaves
 from lm_trust.training.trainer import Experience, Trainer
 
 _MAY_DIFFER = ("update.", "output")
@@ -116,8 +116,7 @@ def _require_alike(candidates: Sequence[Candidate]) -> None:
         raise ValueError("a one-update study needs a candidate")
     first, *others = (leaves(candidate.config.model_dump()) for candidate in candidates)
     for candidate, other in zip(candidates[1:], others, strict=True):
-        keys = [key for key in {**first, **other} if not key.startswith(_MAY_DIFFER)]
-        differing = [key for key in keys if first.get(key) != other.get(key)]
+        differing = differing_keys(first, other, _MAY_DIFFER)
         if differing:
             raise ValueError(
                 f"candidates differ in more than their update: {candidates[0].rule} has {differing[0]} "

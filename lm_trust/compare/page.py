@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from lm_trust.compare import page_tables
-from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, RuleStyle, faint, knob_text, rule_styles
+from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, Line, RuleStyle, Styles, faint, rule_styles
 from lm_trust.compare.figures import LIMIT_STYLES, frontier_figure, study_figures
 from lm_trust.compare.figures_training import (
     bound_figure,
@@ -31,9 +31,8 @@ from lm_trust.compare.figures_training import (
     predicted_figure,
     runs_of,
 )
+from lm_trust.compare.words import knob_text
 from lm_trust.training.plots import write_atomically
-
-Line = Mapping[str, Any]
 
 
 def write_page(report: Line, rows: pyarrow.Table, path: Path) -> None:
@@ -85,7 +84,7 @@ def _page(report: Line, rows: pyarrow.Table) -> str:
     )
 
 
-def _sections(report: Line, rows: pyarrow.Table, styles: Mapping[str, RuleStyle]) -> dict[str, list[Line]]:
+def _sections(report: Line, rows: pyarrow.Table, styles: Styles) -> dict[str, list[Line]]:
     runs = runs_of(rows.to_pylist())
     return {
         "frontier": [frontier_figure(report, styles)],
@@ -125,7 +124,7 @@ def _class(colour: str) -> str:
     return f"colour-{colour[1:]}"
 
 
-def _colours(styles: Mapping[str, RuleStyle]) -> str:
+def _colours(styles: Styles) -> str:
     """CSS classes of the rules' colours, on white and on dark."""
     colours = sorted({style.colour for style in (*styles.values(), *LIMIT_STYLES.values())})
     light = "".join(f".{_class(colour)}{{--rule:{colour}}}" for colour in colours)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lm_trust.compare.figure_parts import cell_text, knob_text, known
+from lm_trust.compare.figure_parts import Line, known
 from lm_trust.compare.figures import limit_at
+from lm_trust.compare.words import cell_name, knob_text, number_text
 
 # By chance all n runs of one rule are above, or below, all n of another in 2 of (2 n over n) orders: for fewer than
 # four in more than 5 %, so that even an interval of no width supports nothing.
 ENOUGH_SEEDS = 4
 MISSING = "\u2013"  # a dash
 
-Line = Mapping[str, Any]
-
 
 def number(value: Any) -> str:
     """Three digits, or all that are before the point; a dash for what is not a finite number."""
     if not known(value):
         return MISSING
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return text.replace("-", "\u2212")  # the minus sign is as wide as a digit
+    return number_text(value).replace("-", "\u2212")  # the minus sign is as wide as a digit
 
 
 def estimate(value: Any, low: Any, high: Any) -> str:
@@ -137,7 +135,7 @@ def cells(report: Line) -> list[dict[str, Any]]:
 def failures(report: Line) -> list[tuple[str, str]]:
     """(which run, what it said) of the runs that failed."""
     return [
-        (f"{cell_text(cell['rule'], cell.get('value'))}, seed {cell['seed']}", cell.get("error") or "no message")
+        (cell_name(cell["rule"], cell.get("value"), cell["seed"]), cell.get("error") or "no message")
         for cell in report.get("cells") or ()
         if cell["status"] == "failed"
     ]

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from lm_trust.compare.config import Comparison
 from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table
-from lm_trust.compare.results import CellResult, curves_of, read_cell, same_start, side_by_side
+from lm_trust.compare.results import curves_of, read_cell, same_start, side_by_side, table
 from lm_trust.compare.summary import summarise
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump
@@ -27,34 +27,6 @@ from lm_trust.training.run_folder import RunFolder, json_text
 REPORT, RESULTS, PAGE = "report.json", "results.parquet", "report.html"
 _GRID = 40  # KLs at which the frontier is drawn
 _PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy", "scipy")
-_COLUMNS = pyarrow.schema(
-    [
-        ("rule", pyarrow.string()),
-        ("value", pyarrow.float64()),
-        ("seed", pyarrow.int64()),
-        ("bound", pyarrow.float64()),
-        ("seconds", pyarrow.float64()),
-        ("gradients", pyarrow.float64()),
-        ("iteration", pyarrow.int64()),
-        ("steps", pyarrow.int64()),
-        ("accepted", pyarrow.bool_()),
-        *(
-            (name, pyarrow.float64())
-            for name in (
-                "reward_mean",
-                "reference_kl",
-                "step_kl",
-                "step_kl_max",
-                "surrogate_gain",
-                "predicted_gain",
-                "entropy",
-                "clip_fraction",
-                "rollout_seconds",
-                "update_seconds",
-            )
-        ),
-    ]
-)
 
 
 def make_report(
@@ -80,7 +52,7 @@ def make_report(
         "created": datetime.date.today().isoformat(),
         "versions": _versions(),
         "config": write_yaml(config.model_dump()),
-        "cell_configs": {cell.rule: dump(cell.config) for cell in reversed(comparison.cells)},
+        "cell_configs": {rule: dump(cell.config) for rule, cell in comparison.first_cells.items()},
         "rules": _rules(comparison),
         "seeds": config.seeds,
         "cells": [one.summary for one in results],
@@ -94,7 +66,7 @@ def make_report(
         "completions": side_by_side(results, _shown_values(comparison, matched), config.seeds[0]) if language else [],
     }
     report["summary"] = summarise(report, curves)
-    return report, _table(results)
+    return report, table(results)
 
 
 def write_report(output: Path, report: dict[str, Any], rows: pyarrow.Table) -> None:
@@ -127,7 +99,7 @@ def read_report(output: Path) -> tuple[dict[str, Any], pyarrow.Table]:
 
 
 def _rules(comparison: Comparison) -> list[dict[str, Any]]:
-    first = {cell.rule: cell for cell in reversed(comparison.cells)}
+    first = comparison.first_cells
     return [
         {
             "name": name,
@@ -149,7 +121,7 @@ def _grid(curves: Sequence[Curve]) -> np.ndarray:
 
 def _shown_values(comparison: Comparison, matched: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """The value of each rule's knob whose completions are shown: that of the largest KL it is compared at."""
-    values = {cell.rule: cell.value for cell in reversed(comparison.cells)}
+    values = {rule: cell.value for rule, cell in comparison.first_cells.items()}
     chosen = {
         row["rule"]: row["value"] for row in sorted(matched, key=lambda row: row["kl"]) if row["mean"] is not None
     }
@@ -161,7 +133,3 @@ def _versions() -> dict[str, str]:
     for package in _PACKAGES:
         versions[package] = metadata.version(package)
     return versions
-
-
-def _table(results: Sequence[CellResult]) -> pyarrow.Table:
-    return pyarrow.Table.from_pylist([row for one in results for row in one.rows], schema=_COLUMNS)

@@ -12,33 +12,43 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import pyarrow
 
 from lm_trust.compare.config import Cell
 from lm_trust.compare.frontier import Curve
-from lm_trust.compare.running import failure, is_finished
+from lm_trust.compare.running import failure
 from lm_trust.training.config import Config
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.run_folder import RunFolder, is_finished
 
 FORWARD = 1 / 3  # of a gradient: a pass without the backward one, which costs twice as much
 
 Line = dict[str, Any]
 
 # The columns that are taken over from metrics.jsonl as they are.
-_COPIED = (
-    "iteration",
-    "steps",
-    "reward_mean",
-    "reference_kl",
-    "step_kl",
-    "step_kl_max",
-    "surrogate_gain",
-    "predicted_gain",
-    "accepted",
-    "entropy",
-    "clip_fraction",
-    "rollout_seconds",
-    "update_seconds",
-)
+_COPIED = {
+    "iteration": pyarrow.int64(),
+    "steps": pyarrow.int64(),
+    "accepted": pyarrow.bool_(),
+    "reward_mean": pyarrow.float64(),
+    "reference_kl": pyarrow.float64(),
+    "step_kl": pyarrow.float64(),
+    "step_kl_max": pyarrow.float64(),
+    "surrogate_gain": pyarrow.float64(),
+    "predicted_gain": pyarrow.float64(),
+    "entropy": pyarrow.float64(),
+    "clip_fraction": pyarrow.float64(),
+    "rollout_seconds": pyarrow.float64(),
+    "update_seconds": pyarrow.float64(),
+}
+_COLUMNS = {
+    "rule": pyarrow.string(),
+    "value": pyarrow.float64(),
+    "seed": pyarrow.int64(),
+    "bound": pyarrow.float64(),
+    "seconds": pyarrow.float64(),
+    "gradients": pyarrow.float64(),
+    **_COPIED,
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def read_cell(cell: Cell) -> CellResult:
 
 def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float | None) -> Line:
     error = failure(cell)
-    status = "finished" if is_finished(cell) else "failed" if error else "missing"
+    status = "finished" if is_finished(cell.folder) else "failed" if error else "missing"
     last = rows[-1] if rows else {}
     after = after or {}
     kept = [row["step_kl"] for row in rows]
@@ -154,6 +164,12 @@ def _trajectory(evaluations: Sequence[Line], rows: Sequence[Line]) -> Line:
         "reward": [line["reward_mean"] for line in evaluations],
         **{key: [at[line["iteration"]][key] for line in evaluations] for key in ("steps", "seconds", "gradients")},
     }
+
+
+def table(results: Iterable[CellResult]) -> pyarrow.Table:
+    """results.parquet: a row an iteration of a cell."""
+    rows = [row for one in results for row in one.rows]
+    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(_COLUMNS.items())))
 
 
 def curves_of(results: Iterable[CellResult], *, language: bool) -> list[Curve]:

@@ -14,18 +14,13 @@ from pathlib import Path
 from lm_trust.compare.config import Cell
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump, load_config
-from lm_trust.training.config_leaves import leaves
+from lm_trust.training.config_leaves import differing_keys, leaves
 from lm_trust.training.interruption import Interruption
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.run_folder import RunFolder, is_finished
 
 # What may differ between the config of a cell and that of its folder: none of it touches the course of a run.
 _MAY_DIFFER = ("output", "trackers", "checkpoint.", "completions.", "rollout.microbatch_size", "environment.processes")
 _POLL = 0.2  # seconds
-
-
-def is_finished(cell: Cell) -> bool:
-    """Whether the cell's run is done to its end."""
-    return (cell.folder / "evaluation.json").is_file() and "after" in RunFolder(cell.folder).evaluation()
 
 
 def failure(cell: Cell) -> str | None:
@@ -45,7 +40,7 @@ def check_unchanged(cells: Sequence[Cell]) -> None:
         if not saved.is_file():
             continue
         now, then = (leaves(one.model_dump()) for one in (cell.config, load_config(saved, check_files=False)))
-        changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and not key.startswith(_MAY_DIFFER)]
+        changed = differing_keys(then, now, _MAY_DIFFER)
         if changed:
             key = changed[0]
             raise UserError(
@@ -68,7 +63,7 @@ def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -
     Returns:
         The exit status: 0, or 130 / 143 after a signal.
     """
-    waiting = [cell for cell in cells if not is_finished(cell)]
+    waiting = [cell for cell in cells if not is_finished(cell.folder)]
     done = len(cells) - len(waiting)
     if done:
         tell(f"{done} of {len(cells)} runs were finished before.")
@@ -93,20 +88,24 @@ def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -
     return 0
 
 
+def begin_or_go_on(folder: Path) -> list[str]:
+    """The options of `lm-trust train` for a run that is not finished, whose folder may hold its checkpoints."""
+    if any((folder / "checkpoints").glob("*")):
+        return ["--resume", str(folder)]
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before its first checkpoint
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return ["--output", str(folder)]
+
+
 def _start(cell: Cell, jobs: int) -> subprocess.Popen:
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    options = begin_or_go_on(cell.folder)
     _failure_file(cell).unlink(missing_ok=True)
-    if any((cell.folder / "checkpoints").glob("*")):
-        options = ["--resume", str(cell.folder)]
-    else:
-        shutil.rmtree(cell.folder, ignore_errors=True)  # of a run that ended before its first checkpoint
-        config = cell.folder.with_suffix(".yaml")
-        config.write_text(dump(cell.config), encoding="utf-8")
-        options = [str(config), "--output", str(cell.folder)]
+    config = cell.folder.with_suffix(".yaml")
+    config.write_text(dump(cell.config), encoding="utf-8")
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with _log(cell).open("a", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "lm_trust", "train", *options],
+            [sys.executable, "-m", "lm_trust", "train", str(config), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -117,7 +116,7 @@ def _start(cell: Cell, jobs: int) -> subprocess.Popen:
 
 def _ended(cell: Cell, process: subprocess.Popen, started: float) -> str:
     minutes = f"{(time.monotonic() - started) / 60:.1f} min"
-    if process.returncode == 0 and is_finished(cell):
+    if process.returncode == 0 and is_finished(cell.folder):
         after = RunFolder(cell.folder).evaluation()["after"]
         kl = f" at {after['reference_kl']:.2f} nats" if "reference_kl" in after else ""
         return f"{cell.name}: {after['reward_mean']:.4g}{kl}, {minutes}"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from lm_trust.compare.fresh_samples import clustered_mean
 from lm_trust.compare.frontier import Curve, reward_at
+from lm_trust.compare.words import number_text
 
 Line = dict[str, Any]
 
@@ -80,7 +81,7 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     top = float(np.interp(best["kl"], kls, rewards))
     share = (best["mean"] - start) / (top - start)
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
-    gain = f"{_number(top)}, from {_number(start)} at the start"
+    gain = f"{number_text(top)}, from {number_text(start)} at the start"
     return [f"The most that {best['kl']:g} nats can buy is estimated at {gain}{bought}."]
 
 
@@ -104,9 +105,8 @@ def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line
     shared = sorted(seed for seed in rewards[0] if rewards[0][seed] is not None and rewards[1].get(seed) is not None)
     if len(shared) < 2:
         return None
-    differences = np.array([rewards[0][seed] - rewards[1][seed] for seed in shared])
-    half = stats.t.ppf(0.975, len(shared) - 1) * stats.sem(differences)
-    return float(differences.mean() - half), float(differences.mean() + half)
+    difference = clustered_mean([rewards[0][seed] - rewards[1][seed] for seed in shared], shared)
+    return difference.low, difference.high
 
 
 def _bounds(report: Line) -> list[str]:
@@ -162,12 +162,8 @@ def _one_update(report: Line) -> list[str]:
 
 
 def _estimate(row: Line) -> str:
-    interval = "" if row["low"] is None else f" [{_number(row['low'])}, {_number(row['high'])}]"
-    return f"{_number(row['mean'])}{interval}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    interval = "" if row["low"] is None else f" [{number_text(row['low'])}, {number_text(row['high'])}]"
+    return f"{number_text(row['mean'])}{interval}"
 
 
 def _list(names: Sequence[str]) -> str:

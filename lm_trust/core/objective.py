@@ -47,6 +47,18 @@ class Measurement(NamedTuple):
         return worth > 0 and worth >= least
 
 
+class _Steps(NamedTuple):
+    """The steps that a mean is over: their mask, None for all valid ones, and how many they are."""
+
+    mask: Tensor | None
+    count: Tensor
+
+    def mean(self, x: Tensor, rows: Rows) -> Tensor:
+        """Sum of the values of some rows, zero where not valid, over the number of all rows' steps; in float64."""
+        counted = x if self.mask is None else torch.where(self.mask[rows], x, 0.0)
+        return counted.sum(dtype=torch.float64) / self.count
+
+
 class SurrogateObjective:
     """The surrogate at theta_old and at candidates, with the exact KLs, over all valid steps of a batch.
 
@@ -97,14 +109,9 @@ class SurrogateObjective:
         self._reference = reference if reference_loss or bounded else None
         self._reference_loss = reference_loss
         self._bounded = bounded
-        learnt = len(actions) - round(len(actions) * holdout_fraction)
-        self._learnt = self._judged = self.mask  # the steps that the gradient and the gain are means over
-        if holdout_fraction:
-            if not 0 < learnt < len(actions):
-                raise ValueError(f"holdout_fraction {holdout_fraction:g} leaves no row of {len(actions)} on one side")
-            heldout = (torch.arange(len(actions)) >= learnt).to(self.mask.device)
-            heldout = heldout.view(-1, *[1] * (self.mask.ndim - 1))
-            self._learnt, self._judged = self.mask & ~heldout, self.mask & heldout
+        self._valid = _Steps(None, self.mask.sum().clamp_min(1))
+        # The steps that the gradient and the gain are means over.
+        self._learnt, self._judged = self._split(holdout_fraction) if holdout_fraction else (self._valid, self._valid)
         self._microbatch_size = microbatch_size
         self._chunks: list[Rows] = list(row_chunks(len(actions), microbatch_size))
         self._linearised: Rows | None = None  # one of the chunks
@@ -114,7 +121,7 @@ class SurrogateObjective:
     @property
     def steps_per_row(self) -> float:
         """Mean number of valid steps in a row: what a mean over steps is multiplied by to be one a row."""
-        return self.mask.sum().item() / len(self._actions)
+        return self._valid.count.item() / len(self._actions)
 
     @torch.no_grad()
     def start_from(self, old: Distribution) -> None:
@@ -146,9 +153,9 @@ class SurrogateObjective:
                 else:
                     distribution = self.policy.distribution(self._select(rows))
                 objective, *reference = self._per_step(_at_start, rows, distribution)
-                wanted = [_mean(objective, self._learnt, rows)]
+                wanted = [self._learnt.mean(objective, rows)]
                 if self._bounded:
-                    wanted += [_mean(each, self.mask, rows) for each in reference]
+                    wanted += [self._valid.mean(each, rows) for each in reference]
                 gradients = [
                     _gradient(value, parameters, distribution, pullback, keep=index + 1 < len(wanted))
                     for index, value in enumerate(wanted)
@@ -167,13 +174,23 @@ class SurrogateObjective:
         for rows, old in zip(self._chunks, self._old, strict=True):
             distribution = self.policy.distribution(self._select(rows))
             objective, kl, *reference = self._per_step(_at_candidate, rows, distribution, old)
-            value += _mean(objective, self._judged, rows).item()
-            mean_kl += _mean(kl, self.mask, rows).item()
+            value += self._judged.mean(objective, rows).item()
+            mean_kl += self._valid.mean(kl, rows).item()
             largest = kl.max().item() if kl.numel() else 0.0
             max_kl = largest if math.isnan(largest) else max(max_kl, largest)
-            reference_kl += sum(_mean(each, self.mask, rows).item() for each in reference)
+            reference_kl += sum(self._valid.mean(each, rows).item() for each in reference)
         per_row = None if self._reference is None else reference_kl * self.steps_per_row
         return Measurement(value - self._start, mean_kl, max_kl, per_row)
+
+    def _split(self, holdout_fraction: float) -> tuple[_Steps, _Steps]:
+        """The valid steps of the first rows and those of the last."""
+        learnt = len(self._actions) - round(len(self._actions) * holdout_fraction)
+        if not 0 < learnt < len(self._actions):
+            raise ValueError(f"holdout_fraction {holdout_fraction:g} leaves no row of {len(self._actions)} on one side")
+        heldout = (torch.arange(len(self._actions)) >= learnt).to(self.mask.device)
+        heldout = heldout.view(-1, *[1] * (self.mask.ndim - 1))
+        masks = self.mask & ~heldout, self.mask & heldout
+        return tuple(_Steps(mask, mask.sum().clamp_min(1)) for mask in masks)
 
     def _set_apart(self, rows: Rows) -> None:
         """Make the rows the last chunk: its graph is kept, and so it is alone then."""
@@ -183,9 +200,9 @@ class SurrogateObjective:
         self._chunks, self._linearised = [*(others[piece] for piece in pieces), rows], rows
 
     def _add_to_start(self, rows: Rows, objective: Tensor, reference_kl: Tensor | None = None) -> None:
-        self._start += _mean(objective, self._judged, rows).item()
+        self._start += self._judged.mean(objective, rows).item()
         if reference_kl is not None:
-            here = _mean(reference_kl, self.mask, rows).item() * self.steps_per_row
+            here = self._valid.mean(reference_kl, rows).item() * self.steps_per_row
             self.reference_kl = (self.reference_kl or 0.0) + here
 
     def _per_step(self, function: Callable[..., Any], rows: Rows, *distributions: Distribution) -> tuple[Tensor, ...]:
@@ -203,11 +220,6 @@ class SurrogateObjective:
 
     def _select(self, rows: Rows) -> Any:
         return self._observations if len(self._chunks) == 1 else self._observations[rows]
-
-
-def _mean(x: Tensor, counted: Tensor, rows: Rows) -> Tensor:
-    """Sum over the counted steps of some rows over the number of all that are counted, in double precision."""
-    return torch.where(counted[rows], x, 0.0).sum(dtype=torch.float64) / counted.sum().clamp_min(1)
 
 
 def _gradient(

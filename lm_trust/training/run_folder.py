@@ -126,6 +126,11 @@ class RunFolder:
             os.replace(temporary, self.path / name)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether it is that of a run that is done to its end; it need not exist."""
+    return (folder / "evaluation.json").is_file() and "after" in RunFolder(folder).evaluation()
+
+
 def json_text(record: dict[str, Any]) -> str:
     """A JSON file's text, to be read by people too; numbers that are not finite become null."""
     return json.dumps(_finite(record), indent=2) + "\n"
