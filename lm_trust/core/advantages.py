@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lm_trust.core.processes import largest, summed
+
 
 def gae(
     rewards: Tensor,
@@ -97,15 +99,16 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     """x shifted and scaled to mean 0 and standard deviation 1 over True entries; masked entries become 0.
 
-    Finite for one valid item or zero variance (both give zeros).
+    Finite for one valid item or zero variance (both give zeros). Over the entries of all processes, each of which
+    gives its own.
     """
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
     valid = torch.where(mask, x, 0.0)
-    count = mask.sum()
-    centred = torch.where(mask, valid - valid.sum() / count.clamp_min(1), 0.0)
-    deviation = (centred.square().sum() / (count - 1).clamp_min(1)).sqrt()
-    return _divide_by_deviation(centred, deviation, valid.abs().amax())
+    count = summed(mask.sum())
+    centred = torch.where(mask, valid - summed(valid.sum()) / count.clamp_min(1), 0.0)
+    deviation = (summed(centred.square().sum()) / (count - 1).clamp_min(1)).sqrt()
+    return _divide_by_deviation(centred, deviation, largest(valid.abs().amax()))
 
 
 def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from lm_trust.core.linearisation import (
     twice_differentiable,
 )
 from lm_trust.core.parameters import assign, flatten, trainable_parameters, unflatten
+from lm_trust.core.processes import placed_rows, summed
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
 
@@ -39,6 +40,8 @@ Product = Callable[[Tensor], Tensor]
 
 class FisherOperator:
     """v -> (F + damping I) v over the policy's P trainable parameters.
+
+    Where the run is spread over processes, F is of the rows of all of them, and each is given its own, if any.
 
     Args:
         policy: a module with `distribution(observations)`.
@@ -74,6 +77,8 @@ class FisherOperator:
         self._parameters = trainable_parameters(policy)
         self._observations = observations
         self._mask = mask
+        # Of all processes: rows where every step counts, steps otherwise.
+        self._count = placed_rows(len(observations)).total if mask is None else summed(mask.sum()).clamp_min(1)
         self._chunks = list(row_chunks(len(observations), microbatch_size))
         self._kept: dict[str, Product] = {}
         if linearisation is not None:
@@ -86,18 +91,22 @@ class FisherOperator:
     def undamped(self, vector: Tensor) -> Tensor:
         """F v, (P,)."""
         with torch.enable_grad():
-            if self.method != "auto":
-                return self._product(self.method, vector)
-            try:
-                product = self._product("gauss_newton", vector)
-                self.method = "gauss_newton"
-            except RuntimeError as error:
-                if not _forbids_second_derivative(error):
-                    raise
-                self._kept.clear()
-                product = self._product("finite_difference", vector)
-                self.method = "finite_difference"
-            return product
+            return summed(self._own(vector))
+
+    def _own(self, vector: Tensor) -> Tensor:
+        """The part of F v that is of this process's rows."""
+        if self.method != "auto":
+            return self._product(self.method, vector)
+        try:
+            product = self._product("gauss_newton", vector)
+            self.method = "gauss_newton"
+        except RuntimeError as error:
+            if not _forbids_second_derivative(error):
+                raise
+            self._kept.clear()
+            product = self._product("finite_difference", vector)
+            self.method = "finite_difference"
+        return product
 
     def _product(self, method: str, vector: Tensor) -> Tensor:
         linearise = {
@@ -122,13 +131,13 @@ class FisherOperator:
     def _weights(self, rows: slice) -> Callable[[Tensor], Tensor]:
         """Per-step weights 1 / N (N valid steps of all rows), 0 where masked, given any (B, T) tensor for its kind."""
         # Not of `self`: it keeps the products, and a cycle would hold their graphs until the collector comes by.
-        mask, count = self._mask, len(self._observations)
+        mask, count = self._mask, self._count
 
         def weights(like: Tensor) -> Tensor:
             if mask is None:
                 steps_a_row = like.numel() // max(len(like), 1)
                 return torch.full_like(like, 1 / (count * steps_a_row))
-            return mask[rows].to(like.dtype) / mask.sum().clamp_min(1)
+            return mask[rows].to(like.dtype) / count
 
         return weights
 

@@ -63,7 +63,9 @@ def natural_gradient(
         The direction, or None where there is none; and a report, not accepted, with its numbers and, where there is
         none, the reason.
     """
-    rows = spread_rows(len(objective.mask), fisher_fraction) if fisher_fraction < 1 else slice(None)
+    rows: slice | Tensor = slice(None)
+    if fisher_fraction < 1:
+        rows = objective.placed.own(spread_rows(objective.placed.total, fisher_fraction))
     shared = rows if _can_share(objective.policy, fisher_method, len(objective.mask[rows]), microbatch_size) else None
     gradient = objective.gradient(list(parameters), linearise=shared)
     gradient_norm = gradient.norm().item()
@@ -124,5 +126,5 @@ def _can_share(policy: nn.Module, fisher_method: str, rows: int, microbatch_size
         fisher_method in ("auto", "gauss_newton")
         and not hasattr(policy, "linearised")
         and getattr(policy, "autocast", None) is None
-        and (microbatch_size is None or rows <= microbatch_size)
+        and 0 < rows <= (microbatch_size or rows)
     )

@@ -18,6 +18,7 @@ from lm_trust.core.batch import row_chunks
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_autograd
 from lm_trust.core.parameters import flatten
+from lm_trust.core.processes import largest, placed_rows, summed
 from lm_trust.core.surrogate import ratio
 
 Rows = slice | Tensor  # of a batch: a range, or indices
@@ -48,10 +49,14 @@ class Measurement(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """The steps that a mean is over: their mask, None for all valid ones, and how many they are."""
+    """The steps that a mean is over: their mask, None for all valid ones, and how many they are in all processes."""
 
     mask: Tensor | None
     count: Tensor
+
+    @classmethod
+    def among(cls, mask: Tensor) -> _Steps:
+        return cls(mask, summed(mask.sum()).clamp_min(1))
 
     def mean(self, x: Tensor, rows: Rows) -> Tensor:
         """Sum of the values of some rows, zero where not valid, over the number of all rows' steps; in float64."""
@@ -61,6 +66,8 @@ class _Steps(NamedTuple):
 
 class SurrogateObjective:
     """The surrogate at theta_old and at candidates, with the exact KLs, over all valid steps of a batch.
+
+    Where the run is spread over processes the batch is all of theirs, and each is given its own rows of it.
 
     objective = mean over valid steps of ratio * advantage - reference_loss * KL(pi_theta || reference).
 
@@ -76,6 +83,7 @@ class SurrogateObjective:
         microbatch_size: rows computed at a time; the sums are those of the whole batch.
 
     Attributes:
+        placed: where these rows stand in the batch.
         reference_kl: at theta_old, nats per row: the sum over a row's valid steps, its mean over rows; None where no
             reference is looked at.
         reference_gradient: (P,) its gradient there, where `bounded`.
@@ -109,7 +117,8 @@ class SurrogateObjective:
         self._reference = reference if reference_loss or bounded else None
         self._reference_loss = reference_loss
         self._bounded = bounded
-        self._valid = _Steps(None, self.mask.sum().clamp_min(1))
+        self.placed = placed_rows(len(actions))
+        self._valid = _Steps.among(self.mask)._replace(mask=None)
         # The steps that the gradient and the gain are means over.
         self._learnt, self._judged = self._split(holdout_fraction) if holdout_fraction else (self._valid, self._valid)
         self._microbatch_size = microbatch_size
@@ -121,7 +130,7 @@ class SurrogateObjective:
     @property
     def steps_per_row(self) -> float:
         """Mean number of valid steps in a row: what a mean over steps is multiplied by to be one a row."""
-        return self._valid.count.item() / len(self._actions)
+        return self._valid.count.item() / self.placed.total
 
     @torch.no_grad()
     def start_from(self, old: Distribution) -> None:
@@ -129,6 +138,7 @@ class SurrogateObjective:
         self._old, self._start, self.reference_kl = [old[rows] for rows in self._chunks], 0.0, None
         for rows, piece in zip(self._chunks, self._old, strict=True):
             self._add_to_start(rows, *self._per_step(_at_start, rows, piece))
+        self._sum_start()
 
     def gradient(self, parameters: list[nn.Parameter], *, linearise: Rows | None = None) -> Tensor:
         """(P,) gradient of the objective at the present parameters, which become theta_old.
@@ -163,9 +173,12 @@ class SurrogateObjective:
             self._old.append(distribution.detach())
             self._add_to_start(rows, objective, *reference)
             totals = [a + b for a, b in zip(totals, gradients, strict=True)] if totals else gradients
+        self._sum_start()
+        if not totals:  # without a row of its own
+            totals = [torch.zeros_like(flatten(parameters))] * (1 + self._bounded)
         if self._bounded:
-            self.reference_gradient = totals[1] * self.steps_per_row
-        return totals[0]
+            self.reference_gradient = summed(totals[1]) * self.steps_per_row
+        return summed(totals[0])
 
     @torch.no_grad()
     def measure(self) -> Measurement:
@@ -176,21 +189,23 @@ class SurrogateObjective:
             objective, kl, *reference = self._per_step(_at_candidate, rows, distribution, old)
             value += self._judged.mean(objective, rows).item()
             mean_kl += self._valid.mean(kl, rows).item()
-            largest = kl.max().item() if kl.numel() else 0.0
-            max_kl = largest if math.isnan(largest) else max(max_kl, largest)
+            furthest = kl.max().item() if kl.numel() else 0.0
+            max_kl = furthest if math.isnan(furthest) else max(max_kl, furthest)
             reference_kl += sum(self._valid.mean(each, rows).item() for each in reference)
+        value, mean_kl, reference_kl = self._total(value, mean_kl, reference_kl)
+        max_kl = largest(self._numbers(max_kl)).item()
         per_row = None if self._reference is None else reference_kl * self.steps_per_row
         return Measurement(value - self._start, mean_kl, max_kl, per_row)
 
     def _split(self, holdout_fraction: float) -> tuple[_Steps, _Steps]:
         """The valid steps of the first rows and those of the last."""
-        learnt = len(self._actions) - round(len(self._actions) * holdout_fraction)
-        if not 0 < learnt < len(self._actions):
-            raise ValueError(f"holdout_fraction {holdout_fraction:g} leaves no row of {len(self._actions)} on one side")
-        heldout = (torch.arange(len(self._actions)) >= learnt).to(self.mask.device)
+        first, count, total = self.placed
+        learnt = total - round(total * holdout_fraction)
+        if not 0 < learnt < total:
+            raise ValueError(f"holdout_fraction {holdout_fraction:g} leaves no row of {total} on one side")
+        heldout = (torch.arange(first, first + count) >= learnt).to(self.mask.device)
         heldout = heldout.view(-1, *[1] * (self.mask.ndim - 1))
-        masks = self.mask & ~heldout, self.mask & heldout
-        return tuple(_Steps(mask, mask.sum().clamp_min(1)) for mask in masks)
+        return _Steps.among(self.mask & ~heldout), _Steps.among(self.mask & heldout)
 
     def _set_apart(self, rows: Rows) -> None:
         """Make the rows the last chunk: its graph is kept, and so it is alone then."""
@@ -204,6 +219,17 @@ class SurrogateObjective:
         if reference_kl is not None:
             here = self._valid.mean(reference_kl, rows).item() * self.steps_per_row
             self.reference_kl = (self.reference_kl or 0.0) + here
+
+    def _sum_start(self) -> None:
+        """Over the processes."""
+        self._start, reference_kl = self._total(self._start, self.reference_kl or 0.0)
+        self.reference_kl = None if self._reference is None else reference_kl
+
+    def _total(self, *numbers: float) -> list[float]:
+        return summed(self._numbers(*numbers)).tolist()
+
+    def _numbers(self, *numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=self.mask.device)
 
     def _per_step(self, function: Callable[..., Any], rows: Rows, *distributions: Distribution) -> tuple[Tensor, ...]:
         if self._reference is not None:

@@ -65,7 +65,7 @@ class AdamRule:
         """Move the policy in place; `max_kl`, `needs_gain` and `price` as for `MinibatchAdam.step`."""
         seen: list[list[float]] = []
 
-        def differentiate(minibatch: Batch) -> bool:
+        def differentiate(minibatch: Batch, rows: int) -> bool:
             means = backward(
                 policy,
                 minibatch,
@@ -75,7 +75,7 @@ class AdamRule:
                 microbatch_size=self._microbatch_size,
             )
             seen.append(means[: len(self._metrics)])
-            return self._reference.go_on(minibatch, means[len(self._metrics) :])
+            return self._reference.go_on(minibatch, rows, means[len(self._metrics) :])
 
         report = self._adam.step(
             policy,

@@ -9,18 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_trust.core.adam import adam_step
-from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch, row_chunks
 from lm_trust.core.budget import reference_limit
 from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.minibatches import shuffled
 from lm_trust.core.objective import Measurement, SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
+from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.trust_region import line_search
@@ -64,7 +66,7 @@ class MinibatchAdam:
         self,
         policy: nn.Module,
         batch: Batch,
-        differentiate: Callable[[Batch], bool],
+        differentiate: Callable[[Batch, int], bool],
         *,
         reference: ReferenceBudget | None = None,
         max_kl: float = math.inf,
@@ -82,7 +84,8 @@ class MinibatchAdam:
 
         Args:
             policy, batch: as for every update rule.
-            differentiate: leaves the gradient of a minibatch's loss in the parameters' `.grad`; False ends the epochs.
+            differentiate: of a minibatch's rows here and the number of its rows in all processes; leaves the gradient
+                of its loss in the parameters' `.grad`; False ends the epochs.
             reference: how KL(policy || reference) counts; None: not at all.
             max_kl: bound on the mean exact step KL, nats per step.
             needs_gain: whether the surrogate must improve, by more than `price` a nat of the largest step KL.
@@ -146,16 +149,16 @@ class MinibatchAdam:
         parameters: list[nn.Parameter],
         optimizer: torch.optim.Adam,
         batch: Batch,
-        differentiate: Callable[[Batch], bool],
+        differentiate: Callable[[Batch, int], bool],
         norms: list[float],
     ) -> bool:
         """False as soon as a gradient is not finite; fills in the gradient norms."""
-        size = -(-len(batch) // self._minibatches)
         for _ in range(self._epochs):
+            order, parts = shuffled(len(batch), self._minibatches, self._generator)
             # Gathered once a pass: the minibatches are then views.
-            shuffled = batch[torch.randperm(len(batch), generator=self._generator)]
-            for rows in row_chunks(len(batch), size):
-                go_on = differentiate(shuffled[rows])
+            ordered = batch[order]
+            for rows, total in parts:
+                go_on = differentiate(_some_row(ordered[rows], batch), total)
                 norm = clip_gradients(parameters, self._limit)
                 if not math.isfinite(norm):
                     return False
@@ -235,6 +238,14 @@ def _certify(
     report.step_fraction *= edge * fraction
 
 
+def _some_row(minibatch: Batch, batch: Batch) -> Batch:
+    """The minibatch; where this process has no sequence of it, one that counts for nothing: a model wants one."""
+    if len(minibatch) or batch.mask is None:
+        return minibatch
+    row = batch[:1]
+    return replace(row, mask=torch.zeros_like(row.mask))
+
+
 def _unit(gradient: Tensor, objective: SurrogateObjective) -> float:
     """The weight of the reference KL, a mean over steps, at which its gradient is as long as the surrogate's."""
     length = objective.reference_gradient.norm().item() / objective.steps_per_row
@@ -291,11 +302,11 @@ def backward(
     extras: Sequence[Tensor] = (),
     microbatch_size: int | None = None,
 ) -> list[float]:
-    """Leave the gradient of minus the mean objective in `.grad`, accumulated over microbatches.
+    """Leave the gradient of minus the mean objective in `.grad`, accumulated over microbatches and processes.
 
     Args:
         policy: differentiated by autograd.
-        minibatch: of `len` rows.
+        minibatch: its rows that this process holds.
         objective: of the new distribution, the others, actions, advantages, old_log_prob, mask and the extras (all
             (B, T)), to the objective of each step and any statistics of each step.
         others: fixed distributions at the same rows.
@@ -311,17 +322,18 @@ def backward(
     policy.zero_grad(set_to_none=True)
     # A masked step may hold anything; a log-probability of zero on both sides keeps it out of the gradient.
     old_log_prob = torch.where(mask, minibatch.old_log_prob, 0.0)
-    count = mask.sum().clamp_min(1)
-    means: list[float] = []
-    for rows in row_chunks(len(minibatch), microbatch_size):
-        each, *statistics = per_step(
+    count = summed(mask.sum()).clamp_min(1)
+    means: list[Tensor] = []
+    for rows in list(row_chunks(len(minibatch), microbatch_size)) or [slice(0)]:
+        values = per_step(
             objective,
             [policy.distribution(minibatch.observations[rows]), *[other[rows] for other in others]],
             *[minibatch.actions[rows], minibatch.advantages[rows], old_log_prob[rows], mask[rows]],
             *[extra[rows] for extra in extras],
         )
-        share = mask[rows].sum().to(each.dtype) / count
-        (-masked_mean(each, mask[rows]) * share).backward()
-        parts = [(masked_mean(statistic.detach(), mask[rows]) * share).item() for statistic in statistics]
+        each, *statistics = (torch.where(mask[rows], value, 0.0).sum() / count for value in values)
+        (-each).backward()
+        parts = [statistic.detach() for statistic in statistics]
         means = parts if not means else [mean + part for mean, part in zip(means, parts, strict=True)]
-    return means
+    sum_gradients(trainable_parameters(policy))
+    return summed(torch.stack(means)).tolist() if means else []

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution, kl_estimators
 from lm_trust.core.linearisation import distribution_with_pullback, set_gradients
+from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import clipped_surrogate, clipped_surrogate_slope
 from lm_trust.updates.minibatch_adam import MinibatchAdam, backward
@@ -72,15 +72,15 @@ class PPOClip:
         parameters = list(policy.parameters())
         clipped: list[float] = []
 
-        def differentiate(minibatch: Batch) -> bool:
+        def differentiate(minibatch: Batch, rows: int) -> bool:
             if plain:
-                share, estimate = self._pull_back(policy, parameters, minibatch)
+                share, estimate = self._pull_back(policy, parameters, minibatch, rows)
                 changes = []
             else:
                 share, estimate, *changes = self._backward(policy, minibatch, entropy)
             clipped.append(share)
             within = self.target_kl is None or estimate <= 1.5 * self.target_kl
-            return self._reference.go_on(minibatch, changes) and within
+            return self._reference.go_on(minibatch, rows, changes) and within
 
         report = self._adam.step(
             policy,
@@ -95,23 +95,32 @@ class PPOClip:
         return report
 
     @torch.no_grad()
-    def _pull_back(self, policy: nn.Module, parameters: list[nn.Parameter], minibatch: Batch) -> tuple[float, float]:
-        """The gradient as the sum over steps of slope * score; returns the share of clipped steps and the k3 mean."""
+    def _pull_back(
+        self, policy: nn.Module, parameters: list[nn.Parameter], minibatch: Batch, rows: int
+    ) -> tuple[float, float]:
+        """The gradient as the sum over steps of slope * score; returns the share of clipped steps and the k3 mean.
+
+        `rows` are those of the minibatch in all processes, `minibatch` are this one's.
+        """
         distribution, pullback = distribution_with_pullback(policy, minibatch.observations)
         old_log_prob, log_prob = minibatch.old_log_prob, distribution.log_prob(minibatch.actions)
         slope, outside = clipped_surrogate_slope(
             old_log_prob, log_prob, minibatch.advantages, clip=self.clip, clip_high=self.clip_high
         )
-        count = len(slope) if minibatch.mask is None else minibatch.mask.sum().clamp_min(1)
+        mask = minibatch.mask
+        count = rows if mask is None else summed(mask.sum()).clamp_min(1)
         slope = (slope / -count).unsqueeze(-1)
         cotangents = [slope * part for part in distribution.score(minibatch.actions)]
-        if minibatch.mask is not None:
-            cotangents = [torch.where(minibatch.mask.unsqueeze(-1), part, 0.0) for part in cotangents]
+        statistics = [outside.to(slope.dtype)]
+        if self.target_kl is not None:
+            statistics.append(kl_estimators(old_log_prob, log_prob)["k3"])
+        if mask is not None:  # a masked step may hold anything
+            cotangents = [torch.where(mask.unsqueeze(-1), part, 0.0) for part in cotangents]
+            statistics = [torch.where(mask, each, 0.0) for each in statistics]
         set_gradients(parameters, pullback(*cotangents))
-        share = masked_mean(outside.to(slope.dtype), minibatch.mask).item()
-        if self.target_kl is None:
-            return share, 0.0
-        return share, masked_mean(kl_estimators(old_log_prob, log_prob)["k3"], minibatch.mask).item()
+        sum_gradients(parameters)
+        share, *estimate = summed(torch.stack([each.sum() for each in statistics]) / count).tolist()
+        return share, estimate[0] if estimate else 0.0
 
     def _backward(self, policy: nn.Module, minibatch: Batch, entropy: float) -> list[float]:
         """The same by autograd, with every term of the objective; with a budget also the reference KL's mean change."""

@@ -64,10 +64,10 @@ class PPOPenalty:
     def step(self, policy: nn.Module, batch: Batch) -> StepReport:
         """Move the policy in place, then adapt beta to how far it went; see `MinibatchAdam.step`."""
 
-        def differentiate(minibatch: Batch) -> bool:
+        def differentiate(minibatch: Batch, rows: int) -> bool:
             others = [minibatch.old, *self._reference.fixed(minibatch)]
             changes = backward(policy, minibatch, self._objective, others=others, microbatch_size=self.microbatch_size)
-            return self._reference.go_on(minibatch, changes)
+            return self._reference.go_on(minibatch, rows, changes)
 
         report = self._adam.step(
             policy,

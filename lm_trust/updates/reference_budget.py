@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution
+from lm_trust.core.processes import summed
 
 BAND = 0.25  # of the budget: the room in which the multiplier grows from zero to the weight of equal gradients
 
@@ -83,8 +84,10 @@ class ReferenceBudget:
         weighed = -kl if self._way_back else each - (self.loss + self.multiplier) * kl
         return weighed, *(kl.detach() - one.kl(reference).detach() for one in old)
 
-    def go_on(self, minibatch: Batch, changes: Sequence[float]) -> bool:
+    def go_on(self, minibatch: Batch, rows: int, changes: Sequence[float]) -> bool:
         """Whether the epochs go on after a minibatch, given the mean changes that `weigh` gave for it, nats per step.
+
+        It has `rows` rows in all processes; `minibatch` holds those of this one.
 
         Only the change is taken from the minibatch; the level is that of the whole batch, which varies less.
 
@@ -96,8 +99,9 @@ class ReferenceBudget:
             return True
         (change,) = changes
         self._used.append(self.multiplier)
-        steps = minibatch.advantages.numel() if minibatch.mask is None else minibatch.mask.sum().item()
-        level = self._start + change * steps / len(minibatch)
+        mask = minibatch.mask
+        steps = minibatch.advantages.new_tensor(minibatch.advantages.numel()) if mask is None else mask.sum()
+        level = self._start + change * summed(steps).item() / rows
         self._adapt(level)
         over = level > self.budget
         goes_on = self._way_back or not over

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lm_trust.core.batch import Batch, row_chunks
 from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.processes import largest, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import ratio
 from lm_trust.updates.adam_rule import AdamRule
@@ -50,7 +51,7 @@ class TRPOPenalty(AdamRule):
         """Move the policy in place; see `MinibatchAdam.step`."""
         if self._given is None:
             advantages = batch.advantages if batch.mask is None else batch.advantages[batch.mask]
-            epsilon = advantages.abs().max().item() if advantages.numel() else 0.0
+            epsilon = largest(advantages.abs().max() if advantages.numel() else advantages.new_zeros(())).item()
             self._coefficient = (1 - self._gamma) * theoretical_coefficient(epsilon, self._gamma)
         else:
             self._coefficient = self._given
@@ -67,11 +68,14 @@ class TRPOPenalty(AdamRule):
             per_step(
                 lambda new, old: old.kl(new), [policy.distribution(minibatch.observations[rows]), minibatch.old[rows]]
             )
-            for rows in row_chunks(len(minibatch), self._microbatch_size)
+            for rows in list(row_chunks(len(minibatch), self._microbatch_size)) or [slice(0)]
         ]
         step_kl = torch.where(mask, torch.cat(parts), -1.0)
         weights = torch.zeros_like(step_kl)
-        weights.view(-1)[step_kl.argmax()] = mask.sum()
+        here = step_kl.max() if step_kl.numel() else step_kl.new_tensor(-1.0)
+        steps = summed(mask.sum())
+        if largest(here) == here and step_kl.numel():
+            weights.view(-1)[step_kl.argmax()] = steps
         return (weights,)
 
     def _penalised(

@@ -225,7 +225,7 @@ def test_the_multiplier_grows_as_the_room_goes():
     rows, seen = len(batch), []
     steps = batch.mask.sum().item() / rows
     for level in (1.0, 1.5, 1.75, 2.0, 1.9, 0.5):
-        budget.go_on(batch, [(level - 1.0) / steps])
+        budget.go_on(batch, len(batch), [(level - 1.0) / steps])
         seen.append(budget.multiplier)
     assert seen == pytest.approx([0.0, 0.0, 1.5, 3.0, 2.4, 0.0])
     # Each gradient is taken with the multiplier of the level before it.
@@ -243,8 +243,10 @@ def test_the_level_is_the_whole_batchs_and_only_the_change_a_minibatchs():
     budget = ReferenceBudget(1.1 * level, 0.0)
     budget.begin(level)
     assert rows.sort(descending=True).values[:3].mean() > 1.5 * level
-    assert budget.go_on(high, [0.0])
-    assert budget.go_on(high, [0.09 * level / steps]) and not budget.go_on(high, [0.11 * level / steps])
+    assert budget.go_on(high, len(high), [0.0])
+    assert budget.go_on(high, len(high), [0.09 * level / steps]) and not budget.go_on(
+        high, len(high), [0.11 * level / steps]
+    )
     # The change itself: of the new policy against the one that sampled.
     further = moved(policy, 0.2, seed=4)
     new = further.distribution(high.observations)
@@ -285,7 +287,7 @@ def test_a_move_that_only_leads_away_is_undone():
     adam = MinibatchAdam(learning_rate=0.01, anneal=False, epochs=2, minibatches=1, max_grad_norm=None, seed=0)
     budget = ReferenceBudget(0.5 * kl_per_row(policy, reference, batch), 0.0)
 
-    def outwards(minibatch):
+    def outwards(minibatch, rows):
         policy.zero_grad()
         (-divergence(policy, reference, batch).sum()).backward()
         return True

@@ -1,0 +1,46 @@
+"""Shuffled minibatches of rows that may be spread over several processes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lm_trust.core.batch import row_chunks
+from lm_trust.core.processes import placed_rows
+
+
+class Part(NamedTuple):
+    """One minibatch.
+
+    Attributes:
+        rows: where its rows of this process stand in the shuffled order; there may be none.
+        total: its rows of all processes.
+    """
+
+    rows: slice
+    total: int
+
+
+def shuffled(count: int, minibatches: int, generator: torch.Generator) -> tuple[Tensor, list[Part]]:
+    """One pass over the rows of all processes, in an order that does not hang on how they are spread.
+
+    Args:
+        count: rows of this process.
+        minibatches: parts that the pass is cut into.
+        generator: in the same state in all processes.
+
+    Returns:
+        The (count,) indices of this process's rows as they come in the pass, so that each minibatch is a slice of them,
+        and the minibatches.
+    """
+    placed = placed_rows(count)
+    order = torch.randperm(placed.total, generator=generator)
+    chunks = list(row_chunks(placed.total, -(-placed.total // minibatches)))
+    own = [placed.own(order[chunk]) for chunk in chunks]
+    parts, start = [], 0
+    for rows, chunk in zip(own, chunks, strict=True):
+        parts.append(Part(slice(start, start + len(rows)), chunk.stop - chunk.start))
+        start += len(rows)
+    return torch.cat(own) if own else order, parts
