@@ -100,6 +100,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
     )
 
+    launched = command(
+        "launch",
+        "train in several processes",
+        texts.LAUNCH,
+        texts.LAUNCH_EXAMPLES,
+        "[--processes N | --accelerate-config FILE] train ...",
+    )
+    launched.add_argument("--processes", type=_positive, metavar="N", help="how many (default: the number of GPUs)")
+    launched.add_argument(
+        "--accelerate-config", metavar="FILE", help="made by `accelerate config`: several machines, FSDP"
+    )
+    launched.add_argument("training", nargs=argparse.REMAINDER, metavar="train ...", help="as without launch")
+
     for name, summary, text, examples in (
         ("sft", "fine-tune a language model on texts", texts.SFT, texts.SFT_EXAMPLES),
         ("reward-model", "train a reward model on preferences", texts.REWARD_MODEL, texts.REWARD_MODEL_EXAMPLES),

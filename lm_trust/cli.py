@@ -1,4 +1,4 @@
-"""The command line: `lm-trust train | sft | reward-model | evaluate | generate | merge | plot | compare | config`.
+"""The command line: `lm-trust train | launch | evaluate | generate | plot | compare | config` and others.
 
 What can be checked without loading a model is checked before anything heavy is imported, and what is wrong is
 told in `error:` lines on stderr with status 2. A run that a signal stopped exits with 130 (Ctrl-C) or 143
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lm_trust.arguments import make_parser, split_overrides
 from lm_trust.errors import UserError
+from lm_trust.launching import is_first_process, launch
 
 if TYPE_CHECKING:
     from lm_trust.training.config import Config
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "compare":
             return _compare(parsed, overrides)
         commands = {
+            "launch": _launch,
             "evaluate": _evaluate,
             "generate": _generate,
             "merge": _merge,
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         return commands[parsed.command](parsed)
     except UserError as error:
+        if not is_first_process():  # what stops one process stops all (`together`), and the first one tells
+            return 2
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
@@ -81,6 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    config, output, resume = _resolved(parsed, overrides)
+
+    from lm_trust.training.run import train
+
+    return train(config, output, resume)
+
+
+def _resolved(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> tuple[Config, Path, Path | None]:
+    """What `train` is asked for: the configuration, the run folder, and the run to go on from."""
     from lm_trust.training.config_file import load_config
     from lm_trust.training.trackers import check_installed
 
@@ -100,10 +113,16 @@ def _train(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         _check_unchanged(config, load_config(resume / "config.yaml", check_files=False), resume)
     config = config.model_copy(update={"output": str(output)})
     check_installed(config.trackers)
+    return config, output, resume
 
-    from lm_trust.training.run import train
 
-    return train(config, output, resume)
+def _launch(parsed: argparse.Namespace) -> int:
+    if parsed.training[:1] != ["train"]:
+        raise UserError("launch: what is launched is `train ...`, as in lm-trust launch --processes 2 train CONFIG")
+    # What is wrong with the command line or the config is told once, and before anything starts.
+    given, overrides = split_overrides(parsed.training)
+    _resolved(make_parser().parse_args(given), overrides)
+    return launch(parsed.training, processes=parsed.processes, config_file=parsed.accelerate_config)
 
 
 def _stage(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -212,7 +231,9 @@ def _run_folder(given: str) -> Path:
 
 
 def _check_output(output: Path, instead: str) -> None:
-    """A new run never writes over an old one."""
+    """A new run never writes over an old one; of several processes the first one looks, and may then write."""
+    if not is_first_process():
+        return
     if os.path.exists(output / "metrics.jsonl"):
         raise UserError(f"output: {output} already holds a run; {instead}, or choose another --output")
     if os.path.exists(output) and not os.path.isdir(output):

@@ -43,6 +43,21 @@ examples:
   lm-trust train --resume runs/sentiment_trpo
   lm-trust train --resume runs/sentiment_trpo --iterations 60
 """
+LAUNCH = """\
+Train in several processes, by accelerate's launcher: they share out prompts or
+environments, and every sum of an update is over all of them, so that an update
+is that of one process on the whole batch. The first process writes the run
+folder, which can be resumed with another number of processes.
+
+Without a file of `accelerate config` they are on this machine, one a GPU, or
+as many as --processes says.
+"""
+LAUNCH_EXAMPLES = """\
+examples:
+  lm-trust launch --processes 2 train configs/lm/sentiment_trpo.yaml
+  lm-trust launch --processes 2 train --resume runs/sentiment_trpo
+  lm-trust launch --accelerate-config machines.yaml train CONFIG
+"""
 EVALUATE = """\
 Evaluate a trained policy again: a language model on the held-out prompts of
 its run, beside the model it started from; a control policy on fresh episodes,

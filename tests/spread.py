@@ -53,5 +53,6 @@ def _serve(pipe):
             reply = (function(*given), None)
         except Exception:
             reply = (None, traceback.format_exc())
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a run leaves the group by itself
+            dist.destroy_process_group()
         pipe.send(reply)

@@ -14,6 +14,7 @@ from lm_trust.control.evaluation import Remembering
 from lm_trust.control.pool import make_pool
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
+from lm_trust.core.processes import RowRange
 from lm_trust.errors import UserError
 from lm_trust.user_code import import_user_module
 
@@ -27,6 +28,7 @@ def make_environments(
     processes: int = 1,
     remember: int = 0,
     backend: str = "gymnasium",
+    placed: RowRange | None = None,
 ) -> Environments | VectorEnvironments:
     """`count` copies of an environment.
 
@@ -39,19 +41,20 @@ def make_environments(
         processes: that step them, this one among them; the results are the same.
         remember: how many of them, from the first, are `Remembering`: their last episode can be shown.
         backend: "gymnasium", or "envpool" for training: see `lm_trust.control.pool`.
+        placed: where they stand among the environments of a run that is spread over processes; None: they are all.
 
     Raises:
         UserError: no such environment (it names the nearest), a missing package, or unsupported spaces.
     """
     if backend == "envpool":
-        return _pooled(id, count, seed, arguments or {})
+        return _pooled(id, count, seed, arguments or {}, placed)
     make = _maker(id)
     envs = []
     try:
         for number in range(count):
             env = _made(id, make, arguments or {})
             envs.append(Remembering(env) if number < remember else env)
-        return Environments(id, envs, seed=seed, processes=processes)
+        return Environments(id, envs, seed=seed, processes=processes, placed=placed)
     except BaseException:
         for env in envs:
             env.close()
@@ -81,12 +84,12 @@ def make_environment(id: str, *, arguments: dict[str, Any] | None = None, render
     return env
 
 
-def _pooled(id: str, count: int, seed: int, arguments: dict[str, Any]) -> VectorEnvironments:
+def _pooled(id: str, count: int, seed: int, arguments: dict[str, Any], placed: RowRange | None) -> VectorEnvironments:
     if ":" in id:
         raise UserError(f"environment.backend: envpool has no environment 'module:factory' ({id}); use gymnasium")
     # Evaluation makes the same environment by gymnasium: what that would refuse is refused now.
     _made(id, _maker(id), arguments).close()
-    return make_pool(id, count, seed=seed, arguments=arguments)
+    return make_pool(id, count, seed=seed, arguments=arguments, placed=placed)
 
 
 def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]) -> gymnasium.Env:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_trust.core.processes import all_rows
+
 
 def merge_moments(mean: Tensor, variance: Tensor, count: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (population) variance of all rows seen so far, with those of `batch` added.
@@ -74,6 +76,8 @@ class ObservationNormaliser(nn.Module):
 class RewardNormaliser(nn.Module):
     """Rewards over the running standard deviation of the discounted return, as in gymnasium and SB3.
 
+    That of the environments of all processes; each scales the rewards of its own.
+
     Returns accumulate forwards, R_t = r_t + gamma R_{t-1}, from zero at an episode's start. The mean is not
     taken out: that would change what is optimal. One rollout is counted, and then scaled by one number.
 
@@ -111,6 +115,6 @@ class RewardNormaliser(nn.Module):
             returns[step] = running + reward
             running = returns[step] * keep[:, step]
         self.returns = torch.from_numpy(running)
-        batch = torch.from_numpy(returns.reshape(-1) if mask is None else returns[mask.numpy().T])
+        batch = all_rows(torch.from_numpy(returns.reshape(-1) if mask is None else returns[mask.numpy().T]))
         self.mean, self.var, self.count = merge_moments(self.mean, self.var, self.count, batch)
         return (rewards * torch.rsqrt(self.var + 1e-8)).clamp(-self.clip, self.clip).to(rewards.dtype)

@@ -27,6 +27,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from lm_trust.control.vector_env import VectorEnvironments
+from lm_trust.core.processes import RowRange
 from lm_trust.errors import UserError
 
 # Compared in tests/control/test_envpool.py, each of them.
@@ -96,8 +97,10 @@ class Pool(VectorEnv):
         self._pool = None
 
 
-def make_pool(id: str, count: int, *, seed: int, arguments: dict[str, Any]) -> VectorEnvironments:
-    """`count` environments of envpool behind the interface of `Environments`.
+def make_pool(
+    id: str, count: int, *, seed: int, arguments: dict[str, Any], placed: RowRange | None = None
+) -> VectorEnvironments:
+    """`count` environments of envpool behind the interface of `Environments`; `placed` as of `VectorEnvironments`.
 
     Raises:
         UserError: envpool is not installed; the environment is not one of `CHECKED`; or envpool does not take the
@@ -118,7 +121,7 @@ def make_pool(id: str, count: int, *, seed: int, arguments: dict[str, Any]) -> V
             f"({', '.join(CHECKED)}); use gymnasium for it{near}"
         )
     try:
-        return VectorEnvironments(id, Pool(id, count, arguments=arguments), seed=seed)
+        return VectorEnvironments(id, Pool(id, count, arguments=arguments), seed=seed, placed=placed)
     except (TypeError, RuntimeError) as error:
         if not arguments:
             raise

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +19,31 @@ from lm_trust.control.normaliser import RewardNormaliser
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.batch import Rollout
+from lm_trust.core.processes import all_rows, gathered, in_the_first, own_stream, placed_rows, together
 from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
 
 WINDOW = 100  # finished episodes that the reported return is a mean of
 
 
+class _Played(NamedTuple):
+    """What T steps gave.
+
+    Attributes:
+        arrays: (B, T, ...) tensors.
+        ended: step, unscaled return and length of each episode that ended.
+        steps: (T,) environments that took a step.
+    """
+
+    arrays: dict[str, Tensor]
+    ended: list[tuple[int, float, int]]
+    steps: np.ndarray
+
+
 class ControlTask:
     """B environments, T steps of each an iteration; episodes run on from one iteration into the next.
+
+    Where the run is spread over processes, each has some of the environments.
 
     Args:
         environments: the training environments.
@@ -67,8 +85,8 @@ class ControlTask:
         self.finished_episodes: list[tuple[float, int, int]] = []
 
     @torch.inference_mode()
-    def _play(self, policy: nn.Module) -> dict[str, np.ndarray]:
-        """T steps of every environment, as time-major arrays (T, B, ...)."""
+    def _play(self, policy: nn.Module, generator: torch.Generator) -> _Played:
+        """T steps of every environment."""
         environments, count, steps = self.environments, self.environments.count, self.rollout_steps
         observations = np.empty((steps + 1, count, environments.observation_size), np.float32)
         observations[0] = environments.observations
@@ -76,10 +94,9 @@ class ControlTask:
         rewards = np.empty((steps, count))
         terminated, truncated, valid = (np.empty((steps, count), bool) for _ in range(3))
         finals: list[tuple[int, int, np.ndarray]] = []
-        self.finished_episodes = []
-        taken = self.steps
+        ended: list[tuple[int, float, int]] = []
         for step in range(steps):
-            chosen = policy.distribution(torch.from_numpy(observations[step])).sample(self._generator).numpy()
+            chosen = policy.distribution(torch.from_numpy(observations[step])).sample(generator).numpy()
             if actions is None:
                 actions = np.empty((steps, *chosen.shape), chosen.dtype)
             actions[step] = chosen
@@ -87,18 +104,14 @@ class ControlTask:
             observations[step + 1] = environments.observations
             self._returns += rewards[step]
             self._lengths += valid[step]
-            taken += int(np.count_nonzero(valid[step]))
             for row, observation in final.items():
                 finals.append((step, row, observation))
-                self._finished.append((float(self._returns[row]), int(self._lengths[row])))
-                self.finished_episodes.append((*self._finished[-1], taken))
+                ended.append((step, float(self._returns[row]), int(self._lengths[row])))
                 self._returns[row], self._lengths[row] = 0.0, 0
-        self.steps = taken
-        self._episodes += len(finals)
         successors = observations[1:].copy()
         for step, row, observation in finals:
             successors[step, row] = observation
-        return {
+        arrays = {
             "observations": observations[:-1],
             "successors": successors,
             "actions": actions,
@@ -107,6 +120,17 @@ class ControlTask:
             "truncated": truncated,
             "valid": valid,
         }
+        return _Played({name: _by_environment(array) for name, array in arrays.items()}, ended, valid.sum(1))
+
+    def _count(self, played: _Played) -> None:
+        """Note the steps and the finished episodes of all processes, in the order of their steps."""
+        everyone = gathered((played.ended, played.steps))
+        at_end = self.steps + np.cumsum(sum(steps for _, steps in everyone))
+        episodes = sorted((episode for ended, _ in everyone for episode in ended), key=itemgetter(0))
+        self.finished_episodes = [(total, length, int(at_end[step])) for step, total, length in episodes]
+        self._finished.extend((total, length) for _, total, length in episodes)
+        self.steps = int(at_end[-1])
+        self._episodes += len(episodes)
 
     def collect(self, policy: nn.Module) -> Rollout:
         """T steps of the policy in every environment.
@@ -120,7 +144,10 @@ class ControlTask:
         """
         if self.normalise_observations and getattr(policy, "normaliser", None) is None:
             raise UserError("normalise.observations: this policy has no `normaliser`; set it to false")
-        played = {name: _by_environment(array) for name, array in self._play(policy).items()}
+        generator = own_stream(self._generator)
+        result = together(lambda: self._play(policy, generator))
+        self._count(result)
+        played = result.arrays
         rewards, ended = played["rewards"], played["terminated"] | played["truncated"]
         if self._reward_normaliser is not None:
             rewards = self._reward_normaliser(rewards, ended, played["valid"])
@@ -139,16 +166,22 @@ class ControlTask:
     def after_update(self, policy: nn.Module, rollout: Rollout) -> None:
         """Let the policy's normaliser learn from the rollout, now that no update will look at it again."""
         if self.normalise_observations:
-            policy.normaliser.update(rollout.observations[rollout.mask])
+            policy.normaliser.update(all_rows(rollout.observations[rollout.mask]))
 
     def describe(self, rollout: Rollout, row: int, step: int) -> str:
         """Where a number of a rollout stands, in words."""
         return f"step {step} of environment {row}"
 
     def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]:
-        """`count` episodes with the most likely actions, on separate environments; see `evaluate_policy`."""
+        """`count` episodes with the most likely actions, on separate environments; see `evaluate_policy`.
+
+        The first process plays them all, so that they are the same however many there are.
+        """
         if self._make_evaluation is None:
             raise ValueError("this task was made without evaluation_environments")
+        return in_the_first(lambda: self._evaluate(policy, count))
+
+    def _evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]:
         if self._evaluation is None or self._evaluation.count != count:
             if self._evaluation is not None:
                 self._evaluation.close()
@@ -175,15 +208,29 @@ class ControlTask:
             ),
         }
 
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run from that of each process: the environments of all, one after another."""
+        together = {
+            **states[0],
+            **{name: torch.cat([state[name] for state in states]) for name in ("returns", "lengths")},
+            "environments": self.environments.joined([state["environments"] for state in states]),
+        }
+        if self._reward_normaliser is not None:
+            returns = torch.cat([state["reward_normaliser"]["returns"] for state in states])
+            together["reward_normaliser"] = states[0]["reward_normaliser"] | {"returns": returns}
+        return together
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: exactly, where the environments' `load_state_dict` says it can."""
+        """Go on from a saved state of the run: exactly, where the environments' `load_state_dict` says it can."""
         self.environments.load_state_dict(state["environments"])
+        own = placed_rows(self.environments.count).slice
         self.steps, self._episodes = state["steps"], state["episodes"]
-        self._returns, self._lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
+        self._returns, self._lengths = state["returns"][own].numpy().copy(), state["lengths"][own].numpy().copy()
         self._finished = deque(((total, length) for total, length in state["finished"]), maxlen=WINDOW)
         self._generator.set_state(state["generator"])
         if self._reward_normaliser is not None:
-            self._reward_normaliser.load_state_dict(state["reward_normaliser"])
+            saved = state["reward_normaliser"]
+            self._reward_normaliser.load_state_dict(saved | {"returns": saved["returns"][own]})
         if not self.environments.keeps_episodes:  # what the lost ones had earned belongs to none of the new
             self._returns[:], self._lengths[:] = 0.0, 0
             if self._reward_normaliser is not None:

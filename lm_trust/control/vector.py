@@ -20,6 +20,7 @@ import torch
 
 from lm_trust.control.processes import shared_out
 from lm_trust.control.spaces import action_space, observation_encoder
+from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
 
@@ -50,6 +51,7 @@ class Environments:
         envs: the copies, alike but separate.
         seed: of which every episode's seed is a function.
         processes: that step them, this one among them. The results are the same.
+        placed: where they stand among the environments of the whole run; None: they are all.
 
     Attributes:
         count: B.
@@ -64,11 +66,20 @@ class Environments:
 
     keeps_episodes = True
 
-    def __init__(self, name: str, envs: Sequence[gymnasium.Env], *, seed: int, processes: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        envs: Sequence[gymnasium.Env],
+        *,
+        seed: int,
+        processes: int = 1,
+        placed: RowRange | None = None,
+    ) -> None:
         if len({id(env) for env in envs}) < len(envs):
             raise UserError(f"environment {name}: the factory returned one object twice, not a new one")
         self.name = name
         self.count = len(envs)
+        self._placed = placed or RowRange(0, self.count, self.count)
         self.action_space = action_space(envs[0].action_space, name)
         self.observation_size, self._encode = observation_encoder(envs[0].observation_space, name)
         self._seed = seed
@@ -141,8 +152,16 @@ class Environments:
             },
         }
 
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all of a run's environments from those of each process's."""
+        actions = [taken for state in states for taken in state["actions"].values()]
+        return {
+            **{name: torch.cat([state[name] for state in states]) for name in ("episodes", "observations")},
+            "actions": {str(row): taken for row, taken in enumerate(actions)},
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Return to a saved state by playing each environment's present episode again.
+        """Return to a saved state of the run by playing each environment's present episode again.
 
         Exact for an environment that is a function of its reset seed and its actions, as gymnasium asks and
         as its classic control and MuJoCo ones are. One that draws from the global generators, reads a clock
@@ -152,17 +171,18 @@ class Environments:
         Raises:
             UserError: the state is of another number of environments.
         """
-        if len(state["episodes"]) != self.count:
-            raise UserError(f"environment.count: the checkpoint is of {len(state['episodes'])}, not {self.count}")
-        self._episodes = state["episodes"].tolist()
-        actions = [state["actions"][str(row)].numpy() for row in range(self.count)]
+        first, _, total = self._placed
+        if len(state["episodes"]) != total:
+            raise UserError(f"environment.count: the checkpoint is of {len(state['episodes'])}, not {total}")
+        self._episodes = state["episodes"][self._placed.slice].tolist()
+        actions = [state["actions"][str(first + row)].numpy() for row in range(self.count)]
         self._cursor = max(len(taken) for taken in actions)
         self._log = np.empty((max(256, 2 * self._cursor), *self._log.shape[1:]), self._log.dtype)
         self._started = [self._cursor - len(taken) for taken in actions]
         for row, taken in enumerate(actions):
             self._log[self._started[row] : self._cursor, row] = taken
             self.observations[row] = self._replay(row, taken)
-        if not np.array_equal(self.observations, state["observations"].numpy()):
+        if not np.array_equal(self.observations, state["observations"][self._placed.slice].numpy()):
             warnings.warn(
                 f"environment {self.name} is not deterministic given its seed: the resumed run differs from "
                 "one that was never stopped",
@@ -178,7 +198,7 @@ class Environments:
         """Reset one environment to the given episode, and return its first observation, (O,)."""
         self._episodes[row], self._started[row] = episode, self._cursor
         # 31 bits, because some environments hand their seed to a 32-bit generator.
-        seed = stream_seed(self._seed, f"control.episode/{row}/{episode}") >> 32
+        seed = stream_seed(self._seed, f"control.episode/{self._placed.first + row}/{episode}") >> 32
         observation, _ = self.envs[row].reset(seed=seed)
         encoded = np.asarray(observation if self._encode is None else self._encode(observation), np.float32)
         if encoded.shape != (self.observation_size,):

@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lm_trust.control.spaces import action_space, observation_encoder
 from lm_trust.control.vector import Transition
+from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
 
@@ -34,6 +35,7 @@ class VectorEnvironments:
         vector_env: reset by itself on the next or on the same step, which its metadata say; `reset` takes a list
             of seeds, one an environment.
         seed: of which all seeds are a function.
+        placed: where they stand among the environments of the whole run; None: they are all.
 
     Attributes:
         count: B.
@@ -48,7 +50,7 @@ class VectorEnvironments:
 
     keeps_episodes = False
 
-    def __init__(self, name: str, vector_env: VectorEnv, *, seed: int) -> None:
+    def __init__(self, name: str, vector_env: VectorEnv, *, seed: int, placed: RowRange | None = None) -> None:
         mode = vector_env.metadata.get("autoreset_mode")
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise UserError(
@@ -58,6 +60,7 @@ class VectorEnvironments:
         self.name = name
         self.vector_env = vector_env
         self.count = vector_env.num_envs
+        self._placed = placed or RowRange(0, self.count, self.count)
         self.action_space = action_space(vector_env.single_action_space, name)
         self.observation_size, self._encode = observation_encoder(vector_env.single_observation_space, name)
         self._next_step = mode == AutoresetMode.NEXT_STEP
@@ -96,6 +99,10 @@ class VectorEnvironments:
         """How many environments there are, and how many steps each of them has taken."""
         return {"count": self.count, "steps": self._steps}
 
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all of a run's environments from those of each process's."""
+        return states[0] | {"count": sum(state["count"] for state in states)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin a new episode in every environment, from seeds that are a function of the run's seed and its steps.
 
@@ -106,8 +113,8 @@ class VectorEnvironments:
         Raises:
             UserError: the state is of another number of environments.
         """
-        if state["count"] != self.count:
-            raise UserError(f"environment.count: the checkpoint is of {state['count']}, not {self.count}")
+        if state["count"] != self._placed.total:
+            raise UserError(f"environment.count: the checkpoint is of {state['count']}, not {self._placed.total}")
         self._begin(state["steps"])
         warnings.warn(
             f"environment {self.name}: the state of vector environments cannot be restored, so every environment "
@@ -122,7 +129,8 @@ class VectorEnvironments:
     def _begin(self, steps: int) -> None:
         """Reset all environments, from the seeds that belong to this many steps of each."""
         # 31 bits, because some environments hand their seed to a 32-bit generator.
-        seeds = [stream_seed(self._seed, f"control.vector/{row}/{steps}") >> 32 for row in range(self.count)]
+        rows = range(self._placed.first, self._placed.first + self.count)
+        seeds = [stream_seed(self._seed, f"control.vector/{row}/{steps}") >> 32 for row in rows]
         shown, _ = self.vector_env.reset(seed=seeds)
         self._steps = steps
         self._awaiting_reset = np.zeros(self.count, bool)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
 
 Value = TypeVar("Value")
@@ -81,6 +82,14 @@ def largest(x: Tensor) -> Tensor:
     return _reduced(x, dist.ReduceOp.MAX) if _spread() else x
 
 
+def mean(x: Tensor, mask: Tensor | None = None) -> float:
+    """The mean of all processes' x, over True entries of their masks; 0 where there is none."""
+    counted = x if mask is None else torch.where(mask, x, 0.0)
+    count = x.new_tensor(x.numel(), dtype=torch.float64) if mask is None else mask.sum(dtype=torch.float64)
+    total, number = summed(torch.stack([counted.sum(dtype=torch.float64), count])).tolist()
+    return total / max(number, 1.0)
+
+
 def gathered(value: Value) -> list[Value]:
     """Every process's value, in the processes' order; anything that can be pickled."""
     if not _spread():
@@ -93,6 +102,14 @@ def gathered(value: Value) -> list[Value]:
 def all_rows(x: Tensor) -> Tensor:
     """Every process's rows of x (n, ...), one after another; n may differ."""
     return torch.cat([rows.to(x.device) for rows in gathered(x.cpu())]) if _spread() else x
+
+
+def own_stream(generator: torch.Generator) -> torch.Generator:
+    """A generator of this process's own, drawn from one that is in the same state in all; alone, that one itself."""
+    if not _spread():
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return make_generator(seed, f"process {process_index()}")
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -127,6 +144,11 @@ def together(work: Callable[[], Value]) -> Value:
         if theirs is not None:
             raise UserError(f"process {index}: {theirs}")
     return result
+
+
+def in_the_first(work: Callable[[], Value]) -> Value:
+    """What the work gives in the first process, which alone does it; see `together`."""
+    return gathered(together(lambda: work() if process_index() == 0 else None))[0]
 
 
 def require_alike(tensors: Iterable[Tensor], what: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from lm_trust.core.processes import all_rows, gathered, mean
 from lm_trust.lm.generation import Completions
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.rewards import RewardScores
@@ -46,7 +47,8 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
     """Exact KL(policy || reference) in nats per sequence, and the completions' perplexity under the untouched base.
 
     The KL of a step is over the whole vocabulary; a sequence's is the sum over its steps, in states that the policy
-    visited. Perplexity is exp of the mean negative log-likelihood a token, at the sampling temperature.
+    visited. Perplexity is exp of the mean negative log-likelihood a token, at the sampling temperature. Both are of the
+    completions of all processes.
     """
     mask, tokens = completions.mask, completions.tokens
     own = policy.distribution(completions.observations)
@@ -58,8 +60,7 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
         with policy.as_base():
             base = policy.distribution(completions.observations)
     kl = torch.where(mask, own.kl(reference), 0.0).sum(-1)
-    surprise = -torch.where(mask, base.log_prob(tokens), 0.0).sum()
-    return {"reference_kl": kl.mean().item(), "perplexity": math.exp(surprise.item() / mask.sum().item())}
+    return {"reference_kl": mean(kl), "perplexity": math.exp(-mean(base.log_prob(tokens), mask))}
 
 
 def evaluation_record(
@@ -72,20 +73,24 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """One side ("before" or "after") of evaluation.json; `samples` are all completions with their rewards.
 
-    Each part of the reward has its mean, `reward/NAME`, and its interval, `reward_interval/NAME`.
+    Each part of the reward has its mean, `reward/NAME`, and its interval, `reward_interval/NAME`. What is given are the
+    completions of this process; the record is of those of all.
     """
     ids = [row[:length].tolist() for row, length in zip(completions.tokens, completions.lengths.tolist(), strict=True)]
+    samples = [
+        {"prompt": prompt, "completion": completion, "reward": score}
+        for prompt, completion, score in zip(prompt_texts, completion_texts, scores.total.tolist(), strict=True)
+    ]
+    rows, total = all_rows(rows), all_rows(scores.total)
+    parts = {name: all_rows(part) for name, part in scores.parts.items()}
     return {
-        "reward_mean": scores.total.mean().item(),
-        "reward_interval": reward_interval(scores.total, rows),
-        "count": len(scores.total),
-        **{f"reward/{name}": part.mean().item() for name, part in scores.parts.items()},
-        **{f"reward_interval/{name}": reward_interval(part, rows) for name, part in scores.parts.items()},
+        "reward_mean": total.mean().item(),
+        "reward_interval": reward_interval(total, rows),
+        "count": len(total),
+        **{f"reward/{name}": part.mean().item() for name, part in parts.items()},
+        **{f"reward_interval/{name}": reward_interval(part, rows) for name, part in parts.items()},
         **divergence_and_perplexity(policy, completions),
-        "distinct_2": distinct_2(ids),
-        "completion_length": completions.lengths.double().mean().item(),
-        "samples": [
-            {"prompt": prompt, "completion": completion, "reward": score}
-            for prompt, completion, score in zip(prompt_texts, completion_texts, scores.total.tolist(), strict=True)
-        ],
+        "distinct_2": distinct_2(list(chain(*gathered(ids)))),
+        "completion_length": mean(completions.lengths),
+        "samples": list(chain(*gathered(samples))),
     }

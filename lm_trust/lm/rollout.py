@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lm_trust.core.batch import Rollout
+from lm_trust.core.processes import all_rows, mean, own_stream, share_of, summed, together
 from lm_trust.core.seeding import make_generator
 from lm_trust.lm.completion_texts import CompletionTexts
 from lm_trust.lm.evaluation import evaluation_record
@@ -31,7 +32,7 @@ class PromptSet:
 
 
 class LanguageTask:
-    """B completions of at most T tokens an iteration.
+    """B completions of at most T tokens an iteration, shared out among the processes by prompts.
 
     Args:
         tokenizer: of the policy's model.
@@ -89,16 +90,17 @@ class LanguageTask:
         """
         if self._scaler.needs_reference:
             self._scaler.observe(self._starting_totals(policy))
-        rows = self._sampler.next().repeat_interleave(self._group_size)
-        completions = self.sample(policy, self.training, rows, self._generator)
-        scores, paid = self._earned(rows, completions)
-        self._scaler.observe(paid.totals)
+        prompts = self._sampler.next()
+        rows = prompts[share_of(len(prompts)).slice].repeat_interleave(self._group_size)
+        generator = own_stream(self._generator)
+        completions, scores, paid = together(lambda: self._sampled(policy, rows, generator))
+        self._scaler.observe(all_rows(paid.totals))
         placed = self._placed(paid, completions)
         # One pass of the reference serves its distribution and the critic.
         with torch.no_grad(), policy.as_reference():
             states = policy.step_states(completions.observations, final=True)
             reference = policy.head(states[:, :-1])
-        self.steps += int(completions.lengths.sum())
+        self.steps += int(summed(completions.lengths.sum()))
         return Rollout(
             observations=completions.observations,
             actions=completions.tokens,
@@ -124,9 +126,14 @@ class LanguageTask:
 
     def evaluate(self, policy: CausalPolicy, count: int) -> dict[str, Any]:
         """`count` completions of the held-out prompts, always with the same noise, so that before and after compare."""
-        rows = torch.arange(count) % len(self.heldout.ids)
-        completions = self.sample(policy, self.heldout, rows, make_generator(self._seed, "lm.evaluation"))
-        scores = self.score(self.heldout, rows, completions)
+        rows = (torch.arange(count) % len(self.heldout.ids))[share_of(count).slice]
+        generator = own_stream(make_generator(self._seed, "lm.evaluation"))
+
+        def written() -> tuple[Completions, RewardScores]:
+            completions = self.sample(policy, self.heldout, rows, generator)
+            return completions, self.score(self.heldout, rows, completions)
+
+        completions, scores = together(written)
         texts = self.heldout.prompts.select(rows).texts
         return evaluation_record(policy, completions, scores, rows, texts, decode(self.tokenizer, completions))
 
@@ -163,10 +170,17 @@ class LanguageTask:
         """(B,) totals of completions of the policy that training started from, by a random stream of their own."""
         generator = make_generator(self._seed, "lm.reward_scaling")
         rows = torch.randperm(len(self.training.ids), generator=generator)
-        rows = rows[torch.arange(self._batch_size) % len(rows)]
+        rows = rows[torch.arange(self._batch_size) % len(rows)][share_of(self._batch_size).slice]
+        generator = own_stream(generator)
         with policy.as_reference():
-            completions = self.sample(policy, self.training, rows, generator)
-        return self._earned(rows, completions)[1].totals
+            _, _, paid = together(lambda: self._sampled(policy, rows, generator))
+        return all_rows(paid.totals)
+
+    def _sampled(
+        self, policy: CausalPolicy, rows: Tensor, generator: torch.Generator
+    ) -> tuple[Completions, RewardScores, Payments]:
+        completions = self.sample(policy, self.training, rows, generator)
+        return completions, *self._earned(rows, completions)
 
     def _earned(self, rows: Tensor, completions: Completions) -> tuple[RewardScores, Payments]:
         texts = self._texts(self.training, rows, completions)
@@ -201,11 +215,11 @@ class LanguageTask:
 
     def _metrics(self, scores: RewardScores, completions: Completions) -> dict[str, Any]:
         return {
-            "reward_mean": scores.total.mean().item(),
-            **{f"reward/{name}": part.mean().item() for name, part in scores.parts.items()},
+            "reward_mean": mean(scores.total),
+            **{f"reward/{name}": mean(part) for name, part in scores.parts.items()},
             **self._scaler.metrics(),
-            "completion_length": completions.lengths.double().mean().item(),
-            "truncated_fraction": (~completions.ended).double().mean().item(),
+            "completion_length": mean(completions.lengths),
+            "truncated_fraction": mean(~completions.ended),
         }
 
     def _samples(self, rows: Tensor, scores: RewardScores, completions: Completions) -> dict[str, list]:
@@ -226,6 +240,10 @@ class LanguageTask:
             "generator": self._generator.get_state(),
             "scaling": self._scaler.state_dict(),
         }
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run from that of each process: here they are all the same."""
+        return states[0]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lm_trust.core.processes import process_count, share_of, together
+from lm_trust.errors import UserError
 from lm_trust.training.build_update import build_update
 from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.critic import Critic, NoCritic, ValueCritic
@@ -49,12 +51,30 @@ class World:
 
 
 def build_world(config: Config) -> World:
-    """Everything that a configuration describes.
+    """Everything that a configuration describes, in every process of the run.
 
     Raises:
         UserError: what it names does not exist or does not fit; the message names the key or file.
     """
-    return _control_world(config) if isinstance(config, ControlConfig) else _language_world(config)
+    _check_processes(config)
+    build = _control_world if isinstance(config, ControlConfig) else _language_world
+    return together(lambda: build(config))
+
+
+def _check_processes(config: Config) -> None:
+    """Each process needs something to do.
+
+    Raises:
+        UserError: there are more processes than rows to share out.
+    """
+    if isinstance(config, ControlConfig):
+        shared = {"environment.count": config.environment.count}
+    else:
+        prompts = config.rollout.batch_size // config.rollout.samples_per_prompt
+        shared = {"rollout.batch_size": prompts, "evaluation.count": config.evaluation.count}
+    for key, count in shared.items():
+        if count < process_count():
+            raise UserError(f"{key}: {count} cannot be shared out among {process_count()} processes; raise it")
 
 
 def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
@@ -211,13 +231,15 @@ def _control_world(config: ControlConfig) -> World:
     from lm_trust.control.saving import load_policy, save_policy
     from lm_trust.core.seeding import make_generator, stream_seed
 
+    placed = share_of(config.environment.count)
     environments = make_environments(
         config.environment.id,
-        config.environment.count,
+        placed.count,
         seed=config.seed,
         arguments=config.environment.arguments,
-        processes=config.environment.processes,
+        processes=min(config.environment.processes, placed.count),
         backend=config.environment.backend,
+        placed=placed,
     )
     normaliser = ObservationNormaliser(environments.observation_size) if config.normalise.observations else None
     policy = MLPPolicy(
@@ -239,7 +261,7 @@ def _control_world(config: ControlConfig) -> World:
             generator=make_generator(config.seed, "control.critic"),
         )
         critic = ValueCritic(network, seed=config.seed, **_settings(config.critic, "hidden", "own_process"))
-        if config.critic.own_process:
+        if config.critic.own_process and process_count() == 1:  # its child is no member of the group of processes
             critic = CriticProcess(critic)
     task = ControlTask(
         environments,

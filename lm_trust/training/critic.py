@@ -5,7 +5,7 @@ Both worlds use it; only the network and its inputs differ (observations here, f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lm_trust.core.adam import adam_step
 from lm_trust.core.batch import Rollout
 from lm_trust.core.linearisation import output_with_pullback, set_gradients
+from lm_trust.core.minibatches import shuffled
+from lm_trust.core.processes import all_rows, mean, sum_gradients
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.surrogate import clipped_value_loss, clipped_value_slope
 
@@ -27,6 +29,8 @@ class Critic(Protocol):
     def start_fit(
         self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
     ) -> Callable[[], dict[str, float | None]]: ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -46,6 +50,10 @@ class NoCritic:
     ) -> Callable[[], dict[str, float | None]]:
         """Nothing to fit."""
         return lambda: {"value_loss": None, "explained_variance": None}
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """None is trained."""
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept."""
@@ -112,19 +120,25 @@ class ValueCritic:
         mask = rollout.mask
         inputs, targets, old = rollout.critic_inputs[mask], returns[mask], old_values[mask]
         parameters = list(self.network.parameters())
-        total = 0.0
+        losses = []
         for epoch in range(self._epochs):
-            order = torch.randperm(len(targets), generator=self._generator)
+            order, parts = shuffled(len(targets), self._minibatches, self._generator)
             # Gathered once a pass: the minibatches are then views.
-            parts = [each[order].chunk(self._minibatches) for each in (inputs, targets, old)]
-            for some_inputs, some_targets, some_old in zip(*parts, strict=True):
+            ordered = [each[order] for each in (inputs, targets, old)]
+            for rows, count in parts:
+                some_inputs, some_targets, some_old = (each[rows] for each in ordered)
                 values, pullback = output_with_pullback(self.network, some_inputs)
                 slope = clipped_value_slope(values, some_old, some_targets, clip=self._clip)
-                set_gradients(parameters, pullback(slope / len(slope)))
+                set_gradients(parameters, pullback(slope / count))
+                sum_gradients(parameters)
                 adam_step(self._optimizer)
                 if epoch == self._epochs - 1:
-                    total += clipped_value_loss(values, some_old, some_targets, clip=self._clip).sum().item()
-        return {"value_loss": total / max(len(targets), 1), "explained_variance": explained_variance(targets, old)}
+                    losses.append(clipped_value_loss(values, some_old, some_targets, clip=self._clip))
+        return {"value_loss": mean(torch.cat(losses)), "explained_variance": explained_variance(targets, old)}
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The network's."""
+        return self.network.parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer and shuffles."""
@@ -142,7 +156,11 @@ class ValueCritic:
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> float | None:
-    """The share of the variance of returns (N,) that values (N,) account for; None where there is no variance."""
+    """The share of the variance of returns (N,) that values (N,) account for; None where there is no variance.
+
+    Over those of all processes.
+    """
+    returns, values = all_rows(returns), all_rows(values)
     variance = returns.var(unbiased=False).item()
     unexplained = (returns - values).var(unbiased=False).item()
     return 1 - unexplained / variance if variance > 0 else None

@@ -29,7 +29,7 @@ class CriticProcess:
 
     def __init__(self, critic: ValueCritic) -> None:
         critic.network.share_memory()
-        self._values = critic.values
+        self._values, self.parameters = critic.values, critic.parameters
         self._child = Child(critic, "critic.own_process")
 
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

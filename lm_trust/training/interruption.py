@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM as a request to stop after the iteration under way."""
+"""Ctrl-C and SIGTERM as a request to stop after the iteration under way.
+
+A run of several processes stops in all of them after the same iteration. Its launcher repeats the signal that it got
+itself, so that there a second one asks for no more than the first; a process that takes too long is killed by it.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,24 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from lm_trust.core.processes import gathered, process_count
+
 
 class Interruption:
-    """Within this context SIGINT and SIGTERM are noted and not obeyed; a second one is, at once.
+    """Within this context SIGINT and SIGTERM are noted and not obeyed; a second one is, at once, where one is alone.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: the signal that came to this process, or None; after `requested`, to any.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
+
+    def requested(self) -> bool:
+        """Whether a signal came to any process; all of them must ask."""
+        self.signal = next((each for each in gathered(self.signal) if each is not None), None)
+        return self.signal is not None
 
     @property
     def exit_status(self) -> int:
@@ -37,7 +48,8 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        self._restore()
+        if process_count() == 1:
+            self._restore()
 
     def _restore(self) -> None:
         while self._previous:

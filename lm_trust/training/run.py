@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from lm_trust.core.processes import in_the_first, process_index
 from lm_trust.errors import UserError
+from lm_trust.launching import join_processes, leave_processes
 from lm_trust.training.best import best_folder
 from lm_trust.training.build import World, build_language_policy, build_tokenizer, build_world
 from lm_trust.training.checkpoint import holds_checkpoint, load_checkpoint, save_checkpoint
@@ -30,6 +34,8 @@ from lm_trust.training.watching import check_videos, film_iteration, to_watch, w
 def train(config: Config, output: Path, resume: Path | None = None) -> int:
     """Train to the end, to a limit of the `stop` section, or to the first Ctrl-C or SIGTERM.
 
+    Where a launcher has started several processes, each of them calls this, and the first one alone writes and speaks.
+
     Args:
         config: validated.
         output: the run folder.
@@ -42,28 +48,45 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
     Raises:
         UserError: something that the user can mend; what was done so far is in a checkpoint.
     """
+    join_processes()
+    try:
+        if process_index() == 0:
+            return _train(config, output, resume)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            return _train(config, output, resume)
+    finally:
+        leave_processes()
+
+
+def _train(config: Config, output: Path, resume: Path | None) -> int:
     console = Console()
     # Determinism is worth more than the speed of kernels that may change from run to run.
     torch.use_deterministic_algorithms(True, warn_only=True)
     folder = RunFolder(output)
     world = build_world(config)
     trainer = world.trainer
+    first = process_index() == 0
     try:
         check_videos(config)
         if resume is not None:
             checkpoints = RunFolder(resume).checkpoints
-            if holds_checkpoint(checkpoints):
+            if in_the_first(lambda: holds_checkpoint(checkpoints)):
                 _restore(trainer, checkpoints)
             else:
                 console.print("There is no checkpoint yet: the run begins again.", highlight=False)
-            folder.forget_after(trainer.iteration)
-        folder.write_config(dump(config))
-        with Recorder(config, world, folder, resumed=resume is not None) as recorder, Interruption() as interruption:
+        if first:
+            if resume is not None:
+                folder.forget_after(trainer.iteration)
+            folder.write_config(dump(config))
+        noting = Recorder(config, world, folder, resumed=resume is not None) if first else nullcontext()
+        with noting as recorder, Interruption() as interruption:
             if world.kind == "language" and trainer.iteration == 0:
                 console.print("Evaluating the policy before training ...", highlight=False)
-                recorder.evaluation_before(trainer.task.evaluate(trainer.policy, config.evaluation.count))
+                before = trainer.task.evaluate(trainer.policy, config.evaluation.count)
+                if first:
+                    recorder.evaluation_before(before)
             _iterate(config, world, folder, recorder, console, interruption)
-            if interruption.signal is not None:
+            if interruption.requested():
                 _save(config, world, folder)
                 console.print(
                     f"{interruption.signal.name}: stopped after iteration {trainer.iteration} of {trainer.iterations}. "
@@ -123,8 +146,6 @@ def generate(
     Raises:
         UserError: the folder is not that of a language run, or the prompt does not fit the model.
     """
-    from contextlib import nullcontext
-
     from lm_trust.core.seeding import make_generator
     from lm_trust.lm.encoding import encode
     from lm_trust.lm.generation import decode, eos_ids, sample_completions
@@ -208,7 +229,12 @@ def _restore(trainer: Trainer, checkpoints: Path) -> None:
 
 
 def _iterate(
-    config: Config, world: World, folder: RunFolder, recorder: Recorder, console: Console, interruption: Interruption
+    config: Config,
+    world: World,
+    folder: RunFolder,
+    recorder: Recorder | None,
+    console: Console,
+    interruption: Interruption,
 ) -> None:
     trainer = world.trainer
     language = isinstance(config, LanguageConfig)
@@ -221,7 +247,7 @@ def _iterate(
         console=console,
         completed=trainer.iteration,
     ) as progress:
-        while trainer.iteration < trainer.iterations and interruption.signal is None:
+        while trainer.iteration < trainer.iterations and not interruption.requested():
             try:
                 metrics = trainer.iterate()
             except Exception as error:
@@ -230,11 +256,12 @@ def _iterate(
                     if isinstance(error, UserError):
                         raise _with_checkpoint(error, f"iteration {trainer.iteration + 1}") from error
                 raise
-            recorder.iteration(metrics)
+            if recorder is not None:
+                recorder.iteration(metrics)
             progress.update(metrics)
             is_last = trainer.iteration == trainer.iterations
             ending = None if is_last else stopping.after(metrics)
-            if tables.every and (is_last or ending or trainer.iteration % tables.every == 0):
+            if recorder is not None and tables.every and (is_last or ending or trainer.iteration % tables.every == 0):
                 write_completions(folder, trainer.iteration, trainer.samples)
                 show_completions(trainer.iteration, trainer.samples, tables.show, console)
             if ending is not None and ending.failed:
@@ -246,8 +273,9 @@ def _iterate(
             if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
                 try:
                     record = trainer.task.evaluate(trainer.policy, config.evaluation.count)
-                    recorder.evaluation(record)
-                    film_iteration(config, world, folder.path)
+                    if recorder is not None:
+                        recorder.evaluation(record)
+                        film_iteration(config, world, folder.path)
                 except UserError as error:
                     _save(config, world, folder)
                     raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
@@ -259,11 +287,13 @@ def _with_checkpoint(error: UserError, when: str) -> UserError:
     return UserError(f"{error} ({when}; a checkpoint was written)")
 
 
-def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder, console: Console) -> None:
+def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder | None, console: Console) -> None:
     """Save the policy, evaluate it held out, draw the learning curve, print the table."""
     trainer = world.trainer
     _save(config, world, folder)
     after = trainer.task.evaluate(trainer.policy, config.evaluation.count)
+    if recorder is None:
+        return
     recorder.evaluation_after(after)
     evaluations = [line for line in folder.evaluations() if line["iteration"] < trainer.iteration]
     evaluations.append(recorder.evaluation_line(after))
@@ -287,10 +317,14 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder,
 
 
 def _save(config: Config, world: World, folder: RunFolder) -> None:
+    """Write checkpoint and policy, by the first process; all of them give their part of the state."""
     trainer = world.trainer
+    state = trainer.state_dict()
+    if process_index() > 0:
+        return
     save_checkpoint(
         folder.checkpoints,
-        trainer.state_dict(),
+        state,
         iteration=trainer.iteration,
         keep_last=config.checkpoint.keep_last,
     )

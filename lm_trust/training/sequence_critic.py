@@ -6,7 +6,7 @@ there are its parameters trainable: outside, the model's trainable parameters ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lm_trust.core.batch import Rollout, row_chunks
+from lm_trust.core.minibatches import shuffled
+from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.surrogate import clipped_value_loss
 from lm_trust.training.critic import explained_variance
@@ -97,28 +99,35 @@ class SequenceCritic:
         mask, total = rollout.mask, 0.0
         with self.network.active():
             for epoch in range(self._epochs):
-                for rows in torch.randperm(len(mask), generator=self._generator).chunk(self._minibatches):
+                order, parts = shuffled(len(mask), self._minibatches, self._generator)
+                for rows in (order[part.rows] for part in parts):
                     loss = self._differentiate(rollout.observations[rows], returns[rows], old_values[rows], mask[rows])
                     self._optimizer.step()
                     if epoch == self._epochs - 1:
                         total += loss
         self._optimizer.zero_grad()
+        loss, count = summed(torch.tensor([total, mask.sum()], dtype=torch.float64, device=mask.device)).tolist()
         return {
-            "value_loss": total / max(int(mask.sum()), 1),
+            "value_loss": loss / max(count, 1),
             "explained_variance": explained_variance(returns[mask], old_values[mask]),
         }
 
     def _differentiate(self, observations: Any, returns: Tensor, old_values: Tensor, mask: Tensor) -> float:
-        """Leave the gradient of a minibatch's mean loss over its valid steps in `.grad`; returns the loss's sum."""
+        """Leave the gradient of a minibatch's mean loss over its valid steps in `.grad`; returns the sum of it here."""
         self._optimizer.zero_grad()
-        count, total = mask.sum().clamp_min(1), 0.0
+        count, total = summed(mask.sum()).clamp_min(1), 0.0
         for rows in row_chunks(len(mask), self._microbatch_size):
             real = mask[rows]
             values = self.network(observations[rows])[:, :-1][real]
             loss = clipped_value_loss(values, old_values[rows][real], returns[rows][real], clip=self._clip).sum()
             (loss / count).backward()
             total += loss.item()
+        sum_gradients(self._trained.values())
         return total
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What is trained of the network."""
+        return self._trained.values()
 
     def state_dict(self) -> dict[str, Any]:
         """What is trained of the network, optimizer and shuffles."""

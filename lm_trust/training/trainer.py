@@ -1,7 +1,8 @@
 """The one training loop of both worlds.
 
 An iteration is: collect, score, value, estimate, update, fit. Which world it is shows nowhere here: a task collects
-rollouts, a policy has distributions, and the update rule moves it.
+rollouts, a policy has distributions, and the update rule moves it. Where the run is spread over processes, each of them
+runs this loop on its own rows, and what is a mean or a sum is that of all (`lm_trust.core.processes`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.advantages import masked_mean
 from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.parameters import trainable_parameters
+from lm_trust.core.processes import gathered, mean, placed_rows, require_alike
 from lm_trust.core.trust_region import StepReport
 from lm_trust.training.config_language import AdaptivePenalty
 from lm_trust.training.critic import Critic
@@ -39,6 +40,8 @@ class Task(Protocol):
     def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -122,9 +125,13 @@ class Trainer:
             finish_fit = self.critic.start_fit(rollout, experience.returns, experience.values, batch.progress)
             report = self.update.step(self.policy, batch)
             fitted = finish_fit()
+            require_alike([*trainable_parameters(self.policy), *self.critic.parameters()], "policies or critics")
             if self.adaptive_penalty is not None:
                 self.reference_penalty = adapted_penalty(
-                    self.adaptive_penalty, self.reference_penalty, metrics["reference_kl"], len(rollout.actions)
+                    self.adaptive_penalty,
+                    self.reference_penalty,
+                    metrics["reference_kl"],
+                    placed_rows(len(rollout.actions)).total,
                 )
         else:
             report = StepReport(False, "non_finite", metrics={"offender": experience.offender})
@@ -159,15 +166,21 @@ class Trainer:
         advantages, returns = estimate_advantages(self.advantage, rollout, scores["reward"], values, next_values)
         if self.adaptive_penalty is not None:
             metrics["reference_penalty"] = self.reference_penalty
-        found = first_non_finite(scores | {"value": values, "advantage": advantages}, rollout.mask)
-        batch, offender = None, None
-        if found is None:
+        offender = self._offender(rollout, scores | {"value": values, "advantage": advantages})
+        batch = None
+        if offender is None:
             progress = self.iteration / self.iterations
             batch = _batch(rollout, old, scores["log-probability"], advantages, progress=progress)
-        else:
-            place = self.task.describe(rollout, found.row, found.step)
-            offender = f"the {found.quantity} is {found.value} at {place}"
         return Experience(rollout, scores, values, advantages, returns, batch, offender, metrics, rollout_seconds)
+
+    def _offender(self, rollout: Rollout, quantities: dict[str, Tensor]) -> str | None:
+        """The first number of any process that is not finite, in words."""
+        found = first_non_finite(quantities, rollout.mask)
+        words = None
+        if found is not None:
+            place = self.task.describe(rollout, found.row, found.step)
+            words = f"the {found.quantity} is {found.value} at {place}"
+        return next((each for each in gathered(words) if each is not None), None)
 
     @property
     def collecting(self) -> bool:
@@ -185,25 +198,29 @@ class Trainer:
         reference = [] if rollout.reference is None else [rollout.reference]
         log_prob, entropy, *rest = per_step(_scores, [old, *reference], rollout.actions)
         scores = {"log-probability": log_prob, "entropy": entropy}
-        metrics = {"entropy": masked_mean(entropy, rollout.mask).item()}
+        metrics = {"entropy": mean(entropy, rollout.mask)}
         rewards = rollout.rewards
         if rest:
             reference_log_prob, kl = rest
             scores |= {"reference log-probability": reference_log_prob, "reference KL": kl}
-            metrics["reference_kl"] = torch.where(rollout.mask, kl, 0.0).sum(-1).mean().item()
+            metrics["reference_kl"] = mean(torch.where(rollout.mask, kl, 0.0).sum(-1))
             if self.reference_penalty:
                 log_ratio = torch.where(rollout.mask, log_prob - reference_log_prob, 0.0)
                 rewards = rewards - self.reference_penalty * log_ratio
         return scores | {"reward": rewards}, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next iterations depend on. Of the policy, its trainable parameters and its buffers."""
+        """All that the next iterations depend on, of all processes, each of which must ask for it.
+
+        Of the policy, its trainable parameters and its buffers.
+        """
         parameters = trainable_parameters(self.policy)
+        task = self.task.state_dict() if self._task_before_collect is None else self._task_before_collect
         return {
             "iteration": self.iteration,
             "policy": [parameter.detach().clone() for parameter in parameters],
             "buffers": _buffers(self.policy),
-            "task": self.task.state_dict() if self._task_before_collect is None else self._task_before_collect,
+            "task": self.task.joined(gathered(task)),
             "critic": self.critic.state_dict(),
             "update": self.update.state_dict(),
             "reference_penalty": self.reference_penalty,
@@ -259,7 +276,9 @@ def _samples(rollout: Rollout, scores: dict[str, Tensor], advantages: Tensor) ->
     summed = {"advantage": torch.where(rollout.mask, advantages, 0.0).sum(-1) / rollout.mask.sum(-1)}
     if "reference KL" in scores:
         summed["reference_kl"] = torch.where(rollout.mask, scores["reference KL"], 0.0).sum(-1)
-    return rollout.samples | {name: values.tolist() for name, values in summed.items()}
+    own = rollout.samples | {name: values.tolist() for name, values in summed.items()}
+    everyone = gathered(own)
+    return {name: [value for samples in everyone for value in samples[name]] for name in own}
 
 
 def _buffers(policy: nn.Module) -> dict[str, Tensor]:

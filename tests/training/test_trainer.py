@@ -67,6 +67,10 @@ class World:
     def state_dict(self):
         return {"steps": self.steps, "generator": self.generator.get_state()}
 
+    def joined(self, states):
+        (state,) = states
+        return state
+
     def load_state_dict(self, state):
         self.steps = state["steps"]
         self.generator.set_state(state["generator"])
