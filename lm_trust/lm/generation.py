@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,17 +23,40 @@ class Completions:
         tokens: (B, T); what stands after a completion's end is padding.
         lengths: (B,) tokens, the end of sequence included.
         ended: (B,) bool, whether the last token is an end of sequence; otherwise the length limit cut it.
+        engine_log_prob: (B, T) log-probabilities by which the engine drew the tokens, nats; None where it draws from
+            what the policy scores.
     """
 
     observations: TokenObservations
     tokens: Tensor
     lengths: Tensor
     ended: Tensor
+    engine_log_prob: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
         """(B, T) bool, True at real tokens, the first end of sequence among them."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths.unsqueeze(-1)
+
+
+class GenerationEngine(Protocol):
+    """What samples the completions of a rollout: any callable like `sample_completions`.
+
+    Prompts and the completions' ends are as there, the policy's weights and temperature are those of the call, and the
+    draw depends on nothing but `generator`. An engine that may draw from another distribution than the policy scores,
+    by its own kernels or precision, returns `engine_log_prob`; training then measures and corrects the difference.
+    """
+
+    def __call__(
+        self,
+        policy: CausalPolicy,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        generator: torch.Generator,
+    ) -> Completions: ...
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
@@ -55,7 +80,14 @@ def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
     return padded, torch.arange(width) >= width - lengths.unsqueeze(-1)
 
 
-def complete(prompt_mask: Tensor, prompts: Tensor, tokens: Tensor, *, eos_ids: Sequence[int]) -> Completions:
+def complete(
+    prompt_mask: Tensor,
+    prompts: Tensor,
+    tokens: Tensor,
+    *,
+    eos_ids: Sequence[int],
+    engine_log_prob: Tensor | None = None,
+) -> Completions:
     """Completions from prompts (B, P) and generated tokens (B, T): each ends at its first end of sequence."""
     steps = tokens.shape[1]
     is_end = torch.isin(tokens, torch.tensor(list(eos_ids), dtype=tokens.dtype, device=tokens.device))
@@ -66,14 +98,30 @@ def complete(prompt_mask: Tensor, prompts: Tensor, tokens: Tensor, *, eos_ids: S
     observations = TokenObservations(
         torch.cat([prompts, tokens], -1), torch.cat([prompt_mask, real], -1), prompts.shape[1]
     )
-    return Completions(observations, tokens, lengths, ended)
+    return Completions(observations, tokens, lengths, ended, engine_log_prob)
 
 
-class _EndWhereBroken(LogitsProcessor):
+@contextmanager
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+    """Within the context the global generators are seeded from `generator`; afterwards they are as they were."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Not `torch.manual_seed`, which would also reseed devices that are not forked here.
+        torch.default_generator.manual_seed(seed)
+        for forked in devices:
+            with torch.cuda.device(forked):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+class EndWhereBroken(LogitsProcessor):
     """Lets a completion end where its logits are NaN or infinite, so that there is no distribution to draw from.
 
     Nothing passes by it unseen: scoring meets the same logits, and whoever scores finds that token's log-probability.
     """
+
+    supports_continuous_batching = True  # it looks at the logits alone
 
     def __init__(self, eos_id: int, temperature: float) -> None:
         self._eos_id, self._temperature = eos_id, temperature
@@ -121,20 +169,12 @@ def sample_completions(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    broken = LogitsProcessorList([_EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)])
-    seed = int(torch.randint(2**62, (), generator=generator))
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # Not `torch.manual_seed`, which would also reseed devices that are not forked here.
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        with policy.generating():
-            sequences = policy.causal_lm.generate(
-                input_ids=prompts,
-                attention_mask=prompt_mask.long(),
-                generation_config=settings,
-                logits_processor=broken,
-            )
+    broken = LogitsProcessorList([EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)])
+    with seeded(policy.device, generator), policy.generating():
+        sequences = policy.causal_lm.generate(
+            input_ids=prompts,
+            attention_mask=prompt_mask.long(),
+            generation_config=settings,
+            logits_processor=broken,
+        )
     return complete(prompt_mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=eos_ids)

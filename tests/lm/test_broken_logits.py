@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import EOS, WORDS
 
-from lm_trust.lm.generation import _EndWhereBroken
+from lm_trust.lm.generation import EndWhereBroken
 
 NEVER = 1 + WORDS.index("never")
 
@@ -45,11 +45,11 @@ def test_what_can_be_drawn_from_is_left_alone(temperature):
     good = [[1.0, 2.0, 3.0], [-math.inf, 1.0, -math.inf], [0.0, -1e30, 0.0]]
     broken = [[1.0, math.nan, 3.0], [math.inf, 1.0, 2.0], [-math.inf] * 3, [1.0, -math.inf, math.nan]]
     scores = torch.tensor([*good, *broken])
-    found = _EndWhereBroken(1, temperature)(None, scores)
+    found = EndWhereBroken(1, temperature)(None, scores)
     assert found[:3].equal(scores[:3])
     assert found[3:].softmax(-1).equal(torch.tensor([[0.0, 1.0, 0.0]] * 4))
 
 
 def test_logits_that_the_temperature_breaks_are_broken():
     scores = torch.tensor([[1e30, 0.0, 0.0], [-1e30, -2e30, 0.0]])
-    assert _EndWhereBroken(1, 1e-10)(None, scores)[0].softmax(-1).tolist() == [0.0, 1.0, 0.0]
+    assert EndWhereBroken(1, 1e-10)(None, scores)[0].softmax(-1).tolist() == [0.0, 1.0, 0.0]
