@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "stop.",
     "trackers",
     "rollout.microbatch_size",
+    "rollout.mismatch.limit",
     "environment.processes",
     "critic.own_process",
     "model.path",

@@ -26,6 +26,8 @@ class Rollout:
         critic_inputs: what the critic's network takes at each step, (B, T, ...); None where there is no critic.
         next_critic_inputs: the same for the state that each action led to, (B, T, ...).
         reference: the frozen reference policy's distribution at the same steps, where there is one.
+        engine_log_prob: (B, T) log-probabilities by which a generation engine drew the actions, nats; None where they
+            were drawn from the policy's own distribution.
         group_size: consecutive rows that share a prompt.
         whole_sequences: True where rows are sequences that a minibatch must not cut.
         metrics: the world's own numbers for the log, unscaled.
@@ -41,6 +43,7 @@ class Rollout:
     critic_inputs: Tensor | None = None
     next_critic_inputs: Tensor | None = None
     reference: Distribution | None = None
+    engine_log_prob: Tensor | None = None
     group_size: int = 1
     whole_sequences: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)

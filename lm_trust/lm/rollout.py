@@ -15,7 +15,7 @@ from lm_trust.core.processes import all_rows, mean, own_stream, share_of, summed
 from lm_trust.core.seeding import make_generator
 from lm_trust.lm.completion_texts import CompletionTexts
 from lm_trust.lm.evaluation import evaluation_record
-from lm_trust.lm.generation import Completions, decode, eos_ids, sample_completions
+from lm_trust.lm.generation import Completions, GenerationEngine, decode, eos_ids, sample_completions
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.prompts import Prompts, PromptSampler
 from lm_trust.lm.reward_scaling import RewardScaler
@@ -44,6 +44,7 @@ class LanguageTask:
         at_limit, limit_penalty: see `token_mdp`.
         scaling: how the learner sees the rewards; None: as they are.
         with_features: whether a critic wants the reference model's hidden states.
+        engine: samples what is trained on; everything else is sampled by `sample_completions`.
         seed: the run's seed.
 
     Attributes:
@@ -64,6 +65,7 @@ class LanguageTask:
         limit_penalty: float = 0.0,
         scaling: RewardScaler | None = None,
         with_features: bool = True,
+        engine: GenerationEngine = sample_completions,
         seed: int = 0,
     ) -> None:
         self.steps = 0
@@ -78,6 +80,7 @@ class LanguageTask:
         self._scaler = scaling or RewardScaler()
         self._batch_size = batch_size
         self._with_features = with_features
+        self._engine = engine
         self._seed = seed
         self._sampler = PromptSampler(len(training.ids), batch_size // samples_per_prompt, seed)
         self._generator = make_generator(seed, "lm.sampling")
@@ -93,7 +96,7 @@ class LanguageTask:
         prompts = self._sampler.next()
         rows = prompts[share_of(len(prompts)).slice].repeat_interleave(self._group_size)
         generator = own_stream(self._generator)
-        completions, scores, paid = together(lambda: self._sampled(policy, rows, generator))
+        completions, scores, paid = together(lambda: self._sampled(policy, rows, generator, self._engine))
         self._scaler.observe(all_rows(paid.totals))
         placed = self._placed(paid, completions)
         # One pass of the reference serves its distribution and the critic.
@@ -111,6 +114,7 @@ class LanguageTask:
             critic_inputs=states[:, :-1] if self._with_features else None,
             next_critic_inputs=states[:, 1:] if self._with_features else None,
             reference=reference,
+            engine_log_prob=completions.engine_log_prob,
             group_size=self._group_size,
             whole_sequences=True,
             metrics=self._metrics(scores, completions),
@@ -137,9 +141,16 @@ class LanguageTask:
         texts = self.heldout.prompts.select(rows).texts
         return evaluation_record(policy, completions, scores, rows, texts, decode(self.tokenizer, completions))
 
-    def sample(self, policy: CausalPolicy, prompts: PromptSet, rows: Tensor, generator: torch.Generator) -> Completions:
+    def sample(
+        self,
+        policy: CausalPolicy,
+        prompts: PromptSet,
+        rows: Tensor,
+        generator: torch.Generator,
+        engine: GenerationEngine = sample_completions,
+    ) -> Completions:
         """One completion for each of the prompts' rows."""
-        return sample_completions(
+        return engine(
             policy,
             [prompts.ids[row] for row in rows.tolist()],
             max_new_tokens=self.max_new_tokens,
@@ -177,9 +188,13 @@ class LanguageTask:
         return all_rows(paid.totals)
 
     def _sampled(
-        self, policy: CausalPolicy, rows: Tensor, generator: torch.Generator
+        self,
+        policy: CausalPolicy,
+        rows: Tensor,
+        generator: torch.Generator,
+        engine: GenerationEngine = sample_completions,
     ) -> tuple[Completions, RewardScores, Payments]:
-        completions = self.sample(policy, self.training, rows, generator)
+        completions = self.sample(policy, self.training, rows, generator, engine)
         return completions, *self._earned(rows, completions)
 
     def _earned(self, rows: Tensor, completions: Completions) -> tuple[RewardScores, Payments]:

@@ -113,6 +113,7 @@ def build_language_policy(config: LanguageConfig) -> CausalPolicy:
 
 def _language_world(config: LanguageConfig) -> World:
     from lm_trust.lm.encoding import encode
+    from lm_trust.lm.engines import load_engine
     from lm_trust.lm.reward_scaling import RewardScaler
     from lm_trust.lm.rollout import LanguageTask, PromptSet
     from lm_trust.lm.rows import BadRows
@@ -121,6 +122,7 @@ def _language_world(config: LanguageConfig) -> World:
     from lm_trust.training.reward_building import build_rewards
 
     rollout = config.rollout
+    engine = load_engine(rollout.engine)
     rewards = build_rewards(config.rewards, device=_device())
     bad = BadRows(getattr(config.prompts, "on_bad_row", "error"))
     training, heldout = _prompts(config, bad)
@@ -153,6 +155,7 @@ def _language_world(config: LanguageConfig) -> World:
         limit_penalty=rollout.limit_penalty,
         scaling=RewardScaler(**_settings(config.reward_scaling)),
         with_features=config.critic.kind == "reference_head",
+        engine=engine,
         seed=config.seed,
     )
     trainer = Trainer(
@@ -164,6 +167,7 @@ def _language_world(config: LanguageConfig) -> World:
         iterations=config.iterations,
         reference_penalty=config.reference.penalty,
         adaptive_penalty=config.reference.adaptive,
+        mismatch=rollout.mismatch,
     )
     return World(
         "language",

@@ -56,6 +56,16 @@ class ReasoningGym(Section):
     max_tokens: Positive | None = Field(None, description="longest prompt allowed; null: what the model takes")
 
 
+class Mismatch(Section):
+    """Where an engine draws from another distribution than the policy scores: what to do about it (Yao et al. 2025)."""
+
+    correct: bool = Field(True, description="weigh each token by its ratio policy / engine, up to the cap")
+    cap: float = Field(2.0, ge=1, description="largest weight of a token")
+    limit: Rate | None = Field(
+        None, description="an estimated KL(engine || policy) beyond it ends the run, nats a token; null: never"
+    )
+
+
 class Rollout(Section):
     batch_size: Positive = Field(64, description="completions an iteration")
     samples_per_prompt: Positive = Field(1, description="completions of one prompt, within batch_size")
@@ -66,6 +76,10 @@ class Rollout(Section):
     )
     limit_penalty: float = Field(0.0, ge=0, description="taken off its reward, with at_limit penalise")
     microbatch_size: Positive = Field(32, description="completions in one pass; changes memory only")
+    engine: Literal["generate", "continuous_batching"] = Field(
+        "generate", description="what samples the completions of training"
+    )
+    mismatch: Mismatch = Field(default_factory=Mismatch)
 
 
 class AdaptivePenalty(Section):

@@ -19,10 +19,11 @@ from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.core.processes import gathered, mean, placed_rows, require_alike
 from lm_trust.core.trust_region import StepReport
-from lm_trust.training.config_language import AdaptivePenalty
+from lm_trust.training.config_language import AdaptivePenalty, Mismatch
 from lm_trust.training.critic import Critic
 from lm_trust.training.estimation import AdvantageConfig, estimate_advantages
 from lm_trust.training.finiteness import first_non_finite
+from lm_trust.training.mismatch import corrected, mismatch_metrics
 from lm_trust.training.penalty import adapted_penalty
 
 
@@ -97,6 +98,7 @@ class Trainer:
         iterations: how many there will be, for schedules.
         reference_penalty: coefficient of log(policy / reference), a token's k1, taken off its reward.
         adaptive_penalty: how that coefficient changes after each iteration; None: not at all.
+        mismatch: what is done where a generation engine's log-probabilities differ from the policy's.
 
     Attributes:
         samples: of the last iteration, what people may read of each row (B values a column): the rollout's `samples`,
@@ -111,6 +113,7 @@ class Trainer:
     iterations: int
     reference_penalty: float = 0.0
     adaptive_penalty: AdaptivePenalty | None = None
+    mismatch: Mismatch = field(default_factory=Mismatch)
     iteration: int = 0
     samples: dict[str, list] = field(default_factory=dict, init=False, repr=False)
     _task_before_collect: dict[str, Any] | None = field(default=None, init=False, repr=False)
@@ -160,6 +163,8 @@ class Trainer:
         with torch.no_grad():
             old = self.policy.distribution(rollout.observations).detach()
             scores, metrics = self._score(rollout, old)
+            metrics |= mismatch_metrics(self.mismatch, rollout, scores["log-probability"])
+        self._task_before_collect = None
         rollout_seconds = time.perf_counter() - started
 
         values, next_values = self.critic.values(rollout)
@@ -170,7 +175,9 @@ class Trainer:
         batch = None
         if offender is None:
             progress = self.iteration / self.iterations
-            batch = _batch(rollout, old, scores["log-probability"], advantages, progress=progress)
+            log_prob = scores["log-probability"]
+            weighted = corrected(self.mismatch, rollout, log_prob, advantages)
+            batch = _batch(rollout, old, log_prob, weighted, progress=progress)
         return Experience(rollout, scores, values, advantages, returns, batch, offender, metrics, rollout_seconds)
 
     def _offender(self, rollout: Rollout, quantities: dict[str, Tensor]) -> str | None:
@@ -184,20 +191,20 @@ class Trainer:
 
     @property
     def collecting(self) -> bool:
-        """True after a `collect` that failed: policy and critic are untouched, and `state_dict` is from before it."""
+        """True after a rollout that failed: policy and critic are untouched, and `state_dict` is from before it."""
         return self._task_before_collect is not None
 
     def _collect(self) -> Rollout:
         self._task_before_collect = self.task.state_dict()
-        rollout = self.task.collect(self.policy)
-        self._task_before_collect = None
-        return rollout
+        return self.task.collect(self.policy)
 
     def _score(self, rollout: Rollout, old: Distribution) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Each step's log-probabilities, entropy, reference KL and reward less the penalty, (B, T); means to log."""
         reference = [] if rollout.reference is None else [rollout.reference]
         log_prob, entropy, *rest = per_step(_scores, [old, *reference], rollout.actions)
         scores = {"log-probability": log_prob, "entropy": entropy}
+        if rollout.engine_log_prob is not None:
+            scores["engine log-probability"] = rollout.engine_log_prob
         metrics = {"entropy": mean(entropy, rollout.mask)}
         rewards = rollout.rewards
         if rest:
