@@ -19,7 +19,9 @@ from lm_trust.training.config_language import Mismatch
 
 
 def mismatch_metrics(config: Mismatch, rollout: Rollout, log_prob: Tensor) -> dict[str, float]:
-    """How far the engine is from the policy, over the valid steps of all processes; empty where no engine told its log-probabilities.
+    """How far the engine is from the policy, over the valid steps of all processes.
+
+    Empty where no engine told its log-probabilities.
 
     Args:
         config: its cap and its limit.

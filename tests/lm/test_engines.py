@@ -61,9 +61,8 @@ def test_its_mismatch_is_measured(make):
 
 
 def test_its_samples_are_weighted_where_that_is_asked_for(make):
-    plain, weighted, capped = (
-        make(**settings).experience() for settings in ({"correct": False}, {"cap": 1.2}, {"cap": 1.0})
-    )
+    settings = ({"correct": False}, {"cap": 1.2}, {"cap": 1.0})
+    plain, weighted, capped = (make(**mismatch).experience() for mismatch in settings)
     assert plain.rollout.actions.equal(weighted.rollout.actions)
     mask = plain.rollout.mask
     assert plain.batch.advantages.equal(plain.advantages)
