@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "rollout.mismatch.limit",
     "environment.processes",
     "critic.own_process",
+    "model.gradient_checkpointing",
     "model.path",
     "model.adapter",
     "prompts.path",

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.batch import row_chunks
 from lm_trust.core.linearisation import (
     NOT_TWICE,
     Linearisation,
@@ -31,6 +30,7 @@ from lm_trust.core.linearisation import (
     twice_differentiable,
 )
 from lm_trust.core.parameters import assign, flatten, trainable_parameters, unflatten
+from lm_trust.core.passes import is_sharded, passes
 from lm_trust.core.processes import placed_rows, summed
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
@@ -49,13 +49,13 @@ class FisherOperator:
         mask: (B, T) or (N,), True at the steps that count; None counts all.
         damping: multiple of the identity that is added.
         method: see the module's text. "auto" is `gauss_newton`, or `finite_difference` where the policy's graph cannot
-            be differentiated twice; after the first product `method` names the one in use.
+            be differentiated twice, as of one that is sharded; after the first product `method` names the one in use.
         linearisation: of the policy at these observations, where it was made already; for `gauss_newton`.
         microbatch_size: rows differentiated at a time. The graph is kept across products where one microbatch holds all
             rows, and rebuilt for each otherwise, so that memory does not grow with B.
 
     Raises:
-        ValueError: an unknown method, or a policy without trainable parameters.
+        ValueError: an unknown method, one that a sharded policy cannot serve, or a policy without trainable parameters.
     """
 
     def __init__(
@@ -71,15 +71,17 @@ class FisherOperator:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"unknown Fisher method {method!r}; choose one of {', '.join(METHODS)}")
+        if is_sharded(policy) and method in ("gauss_newton", "kl_hessian"):
+            raise ValueError(f"Fisher method {method!r}: {NOT_TWICE}: it is sharded")
         self.damping = damping
-        self.method = method
+        self.method = "finite_difference" if is_sharded(policy) else method
         self._policy = policy
         self._parameters = trainable_parameters(policy)
         self._observations = observations
         self._mask = mask
         # Of all processes: rows where every step counts, steps otherwise.
         self._count = placed_rows(len(observations)).total if mask is None else summed(mask.sum()).clamp_min(1)
-        self._chunks = list(row_chunks(len(observations), microbatch_size))
+        self._chunks = passes(policy, len(observations), microbatch_size)
         self._kept: dict[str, Product] = {}
         if linearisation is not None:
             self._kept["gauss_newton"] = _gauss_newton_of(linearisation, self._parameters, self._weights(slice(None)))

@@ -18,6 +18,7 @@ from lm_trust.core.batch import row_chunks
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_autograd
 from lm_trust.core.parameters import flatten
+from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, placed_rows, summed
 from lm_trust.core.surrogate import ratio
 
@@ -122,7 +123,7 @@ class SurrogateObjective:
         # The steps that the gradient and the gain are means over.
         self._learnt, self._judged = self._split(holdout_fraction) if holdout_fraction else (self._valid, self._valid)
         self._microbatch_size = microbatch_size
-        self._chunks: list[Rows] = list(row_chunks(len(actions), microbatch_size))
+        self._chunks: list[Rows] = list(passes(policy, len(actions), microbatch_size))
         self._linearised: Rows | None = None  # one of the chunks
         self._old: list[Distribution] = []
         self._start = 0.0

@@ -176,5 +176,6 @@ def sample_completions(
             attention_mask=prompt_mask.long(),
             generation_config=settings,
             logits_processor=broken,
+            synced_gpus=policy.sharded,  # go on until the last process's rows have ended
         )
     return complete(prompt_mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=eos_ids)

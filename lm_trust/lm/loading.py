@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
@@ -24,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
+from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
 from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
+from lm_trust.lm.sharding import shard
 
 
 def load_tokenizer(
@@ -185,22 +188,31 @@ def load_policy(
     trust_remote_code: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    gradient_checkpointing: bool = False,
+    sharding: FullyShardedDataParallelPlugin | None = None,
 ) -> CausalPolicy:
     """Base model, adapter (fresh, or from a folder) and reference as one policy; see the functions above.
 
     Without an adapter to start from and with r None all of the model's weights are trained. `autocast` is the name of
-    the dtype that `CausalPolicy` takes.
+    the dtype that `CausalPolicy` takes. With `sharding`, accelerate's settings, the frozen weights are spread over the
+    processes; the model is loaded on the CPU then, so that no card has to hold all of it.
     """
-    model = load_base(path, revision=revision, trust_remote_code=trust_remote_code, device=device)
+    first_device = device if sharding is None else "cpu"
+    model = load_base(path, revision=revision, trust_remote_code=trust_remote_code, device=first_device)
     if adapter is not None:
         model = load_adapter(model, adapter)
     elif r is not None:
         model = attach_adapter(model, r=r, alpha=alpha, targets=targets, seed=seed)
     else:
         model.requires_grad_(True)
-    return CausalPolicy(
+    policy = CausalPolicy(
         model, temperature, microbatch_size, autocast=None if autocast is None else getattr(torch, autocast)
     )
+    if gradient_checkpointing:
+        checkpoint_layers(policy.causal_lm)
+    if sharding is not None:
+        shard(policy, sharding, device)
+    return policy
 
 
 def context_length(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:

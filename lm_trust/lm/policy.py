@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_trust.core.batch import row_chunks
+from lm_trust.core.passes import passes
 from lm_trust.lm.half_precision import in_full_precision, last_hidden_states
 from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
@@ -47,6 +47,11 @@ class TokenObservations:
     def __getitem__(self, rows: Any) -> TokenObservations:
         return TokenObservations(self.input_ids[rows], self.attention_mask[rows], self.prompt_width)
 
+    def one_row(self) -> TokenObservations:
+        """A row of the same widths that stands for nothing."""
+        ids = self.input_ids.new_zeros(1, self.input_ids.shape[1])
+        return TokenObservations(ids, torch.ones_like(ids, dtype=torch.bool), self.prompt_width)
+
     @property
     def position_ids(self) -> Tensor:
         """(B, prompt_width + T) positions that count real tokens only, so that padding changes nothing."""
@@ -65,6 +70,9 @@ class CausalPolicy(nn.Module):
         microbatch_size: rows in one pass where no graph is wanted; None takes all. Changes memory, not the result.
         autocast: what the model computes in up to its last hidden state, in sampling and scoring alike; what comes
             after is in the weights' own precision. None: all of it is.
+
+    Attributes:
+        sharded: whether the frozen weights are spread over the processes; see `lm_trust.core.passes`.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class CausalPolicy(nn.Module):
         self.temperature = temperature
         self.microbatch_size = microbatch_size
         self.autocast = autocast
+        self.sharded = False
         self._at_start = False
         if autocast is not None:
             for causal_lm in filter(None, (self.causal_lm, self.start)):
@@ -108,6 +117,8 @@ class CausalPolicy(nn.Module):
 
     def hidden_states(self, observations: TokenObservations) -> Tensor:
         """(B, prompt_width + T, H) last hidden states, after the final norm."""
+        if not len(observations):  # the layers want a row; the pass is made for the other processes' sake
+            return self.hidden_states(observations.one_row())[:0]
         trunk = self.causal_lm.base_model
         inputs = {
             "input_ids": observations.input_ids,
@@ -130,7 +141,7 @@ class CausalPolicy(nn.Module):
         """
         size = None if torch.is_grad_enabled() else self.microbatch_size
         first, last = observations.prompt_width - 1, None if final else -1
-        chunks = list(row_chunks(len(observations), size))
+        chunks = passes(self, len(observations), size)
         parts = [
             self.hidden_states(observations if len(chunks) == 1 else observations[rows])[:, first:last]
             for rows in chunks

@@ -43,6 +43,11 @@ class ValueModel(nn.Module):
         """(B, T + 1) values of the states before each token, and of the last one. Only within `active()`."""
         return self.head(self.trunk.step_states(observations, final=True))
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the trunk is; see `lm_trust.core.passes`."""
+        return self.trunk.sharded
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context the trunk computes with the critic's adapter, and that one alone is trainable in it."""

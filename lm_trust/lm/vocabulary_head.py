@@ -131,7 +131,7 @@ class VocabularyCategorical:
     def _chunks(self) -> Iterator[slice]:
         tokens = self.hidden.shape[:-1].numel()
         size = max(1, CHUNK_ELEMENTS // len(self._weight))
-        for start in range(0, tokens, size):
+        for start in range(0, max(tokens, 1), size):  # without tokens: one chunk, empty
             yield slice(start, min(start + size, tokens))
 
     def _chunk(self, rows: slice) -> Categorical:

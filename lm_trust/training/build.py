@@ -20,6 +20,7 @@ from lm_trust.training.critic import Critic, NoCritic, ValueCritic
 from lm_trust.training.critic_process import CriticProcess
 from lm_trust.training.sequence_critic import SequenceCritic
 from lm_trust.training.trainer import Trainer
+from lm_trust.training.wrappers import sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,6 +104,8 @@ def build_language_policy(config: LanguageConfig) -> CausalPolicy:
         adapter=config.model.adapter,
         **lora,
         autocast=config.model.autocast,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        sharding=sharding(),
         temperature=config.rollout.temperature,
         microbatch_size=config.rollout.microbatch_size,
         seed=config.seed,
@@ -201,6 +204,8 @@ def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
             **lora,
             microbatch_size=microbatch_size,
             autocast=config.model.autocast,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            sharding=sharding(),
             device=policy.device,
             **source,
         )

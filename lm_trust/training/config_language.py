@@ -26,6 +26,9 @@ class Model(Section):
     autocast: Literal["bfloat16", "float16"] | None = Field(
         None, description="what the model's passes compute in; null: float32"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute layers again in backward passes; costs time, saves memory"
+    )
 
 
 class PromptFile(Section):

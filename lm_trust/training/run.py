@@ -29,6 +29,7 @@ from lm_trust.training.stopping import Stopping
 from lm_trust.training.summary import print_summary
 from lm_trust.training.trainer import Trainer
 from lm_trust.training.watching import check_videos, film_iteration, to_watch, watch
+from lm_trust.training.wrappers import check_wrappers
 
 
 def train(config: Config, output: Path, resume: Path | None = None) -> int:
@@ -48,6 +49,7 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
     Raises:
         UserError: something that the user can mend; what was done so far is in a checkpoint.
     """
+    check_wrappers(config)
     join_processes()
     try:
         if process_index() == 0:

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.batch import Rollout, row_chunks
+from lm_trust.core.batch import Rollout
 from lm_trust.core.minibatches import shuffled
+from lm_trust.core.passes import passes
 from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.surrogate import clipped_value_loss
@@ -116,7 +117,7 @@ class SequenceCritic:
         """Leave the gradient of a minibatch's mean loss over its valid steps in `.grad`; returns the sum of it here."""
         self._optimizer.zero_grad()
         count, total = summed(mask.sum()).clamp_min(1), 0.0
-        for rows in row_chunks(len(mask), self._microbatch_size):
+        for rows in passes(self.network, len(mask), self._microbatch_size):
             real = mask[rows]
             values = self.network(observations[rows])[:, :-1][real]
             loss = clipped_value_loss(values, old_values[rows][real], returns[rows][real], clip=self._clip).sum()

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lm_trust.core.adam import adam_step
-from lm_trust.core.batch import Batch, row_chunks
+from lm_trust.core.batch import Batch
 from lm_trust.core.budget import reference_limit
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.minibatches import shuffled
 from lm_trust.core.objective import Measurement, SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
+from lm_trust.core.passes import passes
 from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.seeding import make_generator
@@ -324,7 +325,7 @@ def backward(
     old_log_prob = torch.where(mask, minibatch.old_log_prob, 0.0)
     count = summed(mask.sum()).clamp_min(1)
     means: list[Tensor] = []
-    for rows in list(row_chunks(len(minibatch), microbatch_size)) or [slice(0)]:
+    for rows in passes(policy, len(minibatch), microbatch_size) or [slice(0)]:
         values = per_step(
             objective,
             [policy.distribution(minibatch.observations[rows]), *[other[rows] for other in others]],

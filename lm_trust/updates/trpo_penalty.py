@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_trust.core.batch import Batch, row_chunks
+from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import ratio
@@ -68,7 +69,7 @@ class TRPOPenalty(AdamRule):
             per_step(
                 lambda new, old: old.kl(new), [policy.distribution(minibatch.observations[rows]), minibatch.old[rows]]
             )
-            for rows in list(row_chunks(len(minibatch), self._microbatch_size)) or [slice(0)]
+            for rows in passes(policy, len(minibatch), self._microbatch_size) or [slice(0)]
         ]
         step_kl = torch.where(mask, torch.cat(parts), -1.0)
         weights = torch.zeros_like(step_kl)
