@@ -38,9 +38,7 @@ def check_wrappers(config: Config) -> None:
     """
     for name, words in _OTHERS.items():
         if _is_set(name):
-            raise UserError(
-                f"accelerate's settings ask for {words}; a model is spread by FSDP2 (distributed_type: FSDP)"
-            )
+            raise UserError(f"accelerate's settings ask for {words}, which is not supported; use distributed_type FSDP")
     if not _is_set("ACCELERATE_USE_FSDP"):
         return
     for key, name, unset, wanted in _FIXED:
