@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.generation import sample_completions
 from lm_trust.lm.loading import load_policy
 from lm_trust.lm.policy import TokenObservations
+from lm_trust.lm.saving import save_adapter
 from lm_trust.lm.sharding import shard
 from lm_trust.lm.value_model import adapter_critic
 from lm_trust.training.sequence_critic import SequenceCritic
@@ -61,8 +63,12 @@ def make(model, wrapper, r=2):
     if "checkpointing" in wrapper:
         checkpoint_layers(policy.causal_lm)
     if "fsdp2" in wrapper:
-        shard(policy, FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), "cpu")
+        shard(policy, plugin(), "cpu")
     return policy
+
+
+def plugin():
+    return FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
 
 
 def rows():
@@ -202,6 +208,36 @@ def test_completions_and_critics_under_fsdp2(workers, model):
         assert their_fit == pytest.approx(fitted, rel=1e-9)
         torch.testing.assert_close(their_parameters, parameters, rtol=0, atol=1e-9)
         assert 0 < held[0] < 0.6 * held[1]
+
+
+def half_precision(model, adapter, autocast, wrapper):
+    """Log-probabilities by policy, reference and base, and a gradient, of a policy that started from an adapter."""
+    policy = load_policy(model, adapter=adapter, autocast=autocast)
+    if wrapper == "fsdp2":
+        shard(policy, plugin(), "cpu")
+    with torch.no_grad():
+        for parameter in trainable_parameters(policy):
+            parameter.mul_(1.5)
+    observations = rows()[0][share_of(ROWS).slice]
+    actions = observations.input_ids[:, PROMPT:]
+    found = []
+    for side in (nullcontext, policy.as_reference, policy.as_base):
+        with side(), torch.no_grad():
+            found.append(policy.distribution(observations).log_prob(actions))
+    total = policy.distribution(observations).log_prob(actions).sum()
+    return [*found, *torch.autograd.grad(total, trainable_parameters(policy))]
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+def test_half_precision_and_the_start_from_an_adapter(workers, model, tmp_path, autocast):
+    save_adapter(make(model, ""), tmp_path / "adapter")
+    given = (model, str(tmp_path / "adapter"), autocast)
+    plain = workers.run(half_precision, 2, *given, "two processes")
+    sharded = workers.run(half_precision, 2, *given, "fsdp2")
+    for found, expected in zip(sharded, plain, strict=True):
+        own, reference, base, *_ = expected
+        assert not torch.equal(own, reference) and not torch.equal(reference, base)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 # --- Runs.
