@@ -69,6 +69,8 @@ def _problem(config: Config) -> tuple[str, str] | None:
         return "environment", "there is no language model to spread; launch a control run without it"
     if config.model.lora is None and config.model.adapter is None:
         return "model.lora", "only frozen weights are spread, and null trains all of them; train an adapter"
+    if config.rollout.engine != "generate":
+        return "rollout.engine", f"{config.rollout.engine} does not wait for the other processes; use generate"
     method = getattr(config.update, "fisher_method", None)
     if method in ("gauss_newton", "kl_hessian"):
         return "update.fisher_method", f"{method} cannot differentiate twice; use auto or finite_difference"
