@@ -40,12 +40,17 @@ def save_trained(policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, run: 
 def save_adapter(policy: CausalPolicy, folder: Path) -> None:
     """Write the trained adapter as a plain PEFT folder, whole or not at all."""
 
-    def build(target: Path) -> None:
-        # Never ask the hub whether the vocabulary has grown: it has not, and there may be no network.
-        policy.model.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
-        (target / _CARD).unlink(missing_ok=True)  # peft's, a form that nobody filled in
+    replace_folder(folder, lambda target: write_adapter(policy.model, target))
 
-    replace_folder(folder, build)
+
+def write_adapter(model: PeftModel, target: Path) -> None:
+    """A plain PEFT folder of the adapter named default, without a card; the same adapter gives the same bytes."""
+    config = model.peft_config["default"]
+    if isinstance(config.target_modules, set):  # written as it stands, in an order that changes with each process
+        config.target_modules = sorted(config.target_modules)
+    # Never ask the hub whether the vocabulary has grown: it has not, and there may be no network.
+    model.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
+    (target / _CARD).unlink(missing_ok=True)  # peft's, a form that nobody filled in
 
 
 def write_model(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from lm_trust.errors import UserError
 from lm_trust.lm.loading import context_length, load_tokenizer
 from lm_trust.lm.pretrained import quiet
+from lm_trust.lm.saving import write_adapter
 from lm_trust.stages.curve import Panel, stage_curve
 from lm_trust.stages.data import Examples
 from lm_trust.stages.progress import StageProgress
@@ -252,12 +253,12 @@ def _save(config: StageConfig, folder: RunFolder, trainer: Trainer, tokenizer: P
     """Write the adapter, or the whole model, with its tokenizer; whole or not at all."""
     whole = config.model.lora is None
     target = folder.path / ("model" if whole else "adapter")
-    # Never ask the hub whether the vocabulary has grown: it has not, and there may be no network.
-    options = {} if whole else {"save_embedding_layers": False}
 
     def build(place: Path) -> None:
-        trainer.model.save_pretrained(place, **options)
-        (place / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody filled in
+        if whole:
+            trainer.model.save_pretrained(place)
+        else:
+            write_adapter(trainer.model, place)
         tokenizer.save_pretrained(place)
 
     with folder.writing(target.name):
