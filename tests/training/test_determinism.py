@@ -110,7 +110,7 @@ SAME = {
         {"rewards": [{"name": "tiny_run_rewards:vowels", "process": True, "parallel": 2, "timeout": 60}]},
     ),
     "control-watched": ("control", WATCHING),
-    "control-environments-in-processes": ("control", {"environment": {"id": "CartPole-v1", "count": 2, "processes": 2}}),
+    "control-steps-in-processes": ("control", {"environment": {"id": "CartPole-v1", "count": 2, "processes": 2}}),
 }
 
 
