@@ -301,6 +301,11 @@ def test_a_launched_run_under_fsdp2(workers, tmp_path, monkeypatch):
         ({}, {"update": {"kind": "natural_gradient", "fisher_method": "gauss_newton"}}, "update.fisher_method: under"),
         ({}, {"model": {"path": "llama", "lora": None}}, "model.lora: under FSDP only frozen weights are spread"),
         ({}, {"model": {"path": "llama", "autocast": "bfloat16"}}, "model.autocast: under FSDP trpo takes finite"),
+        (
+            {},
+            {"rollout": {"batch_size": 6, "max_new_tokens": 4, "engine": "continuous_batching"}},
+            "rollout.engine: under FSDP continuous_batching does not wait",
+        ),
         ({"FSDP_VERSION": "1"}, {}, "accelerate's fsdp_version: must be 2, got 1"),
         (
             {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
