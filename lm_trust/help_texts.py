@@ -57,6 +57,7 @@ examples:
   lm-trust launch --processes 2 train configs/lm/sentiment_trpo.yaml
   lm-trust launch --processes 2 train --resume runs/sentiment_trpo
   lm-trust launch --accelerate-config machines.yaml train CONFIG
+  lm-trust launch --accelerate-config configs/accelerate/fsdp2.yaml train CONFIG
 """
 EVALUATE = """\
 Evaluate a trained policy again: a language model on the held-out prompts of

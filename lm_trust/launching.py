@@ -18,6 +18,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def wants_gpu() -> bool:
+    """Whether the processes compute on GPUs: where there are any, if accelerate's settings do not say otherwise."""
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
 def join_processes() -> None:
     """Join the group of processes that a launcher describes in the environment; alone: nothing.
 
@@ -26,11 +33,10 @@ def join_processes() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
-    import torch
     from accelerate import PartialState
 
     try:
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not wants_gpu())
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the processes of the run cannot join each other: {reason}") from error

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from lm_trust.core.processes import process_count, share_of, together
 from lm_trust.errors import UserError
+from lm_trust.launching import wants_gpu
 from lm_trust.training.build_update import build_update
 from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.critic import Critic, NoCritic, ValueCritic
@@ -307,7 +306,7 @@ def _control_world(config: ControlConfig) -> World:
 
 
 def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if wants_gpu() else "cpu"
 
 
 def _source(config: LanguageConfig) -> dict:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, write_model
+from tiny_models import write_model
 from torch import nn
 
 from lm_trust.core.fisher import FisherOperator
@@ -34,7 +34,7 @@ def gradient(policy):
     return flatten(torch.autograd.grad(entropy, trainable_parameters(policy)))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "opt", "qwen3"])
 def test_gradients_are_the_same(tmp_path, architecture):
     write_model(tmp_path, architecture)
     plain, checkpointed = make(tmp_path), make(tmp_path, gradient_checkpointing=True)
@@ -50,9 +50,8 @@ def test_gradients_are_the_same_in_half_precision(tmp_path, autocast):
 
 
 @pytest.mark.parametrize("method", ["gauss_newton", "kl_hessian", "finite_difference"])
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_fisher_products_are_the_same(tmp_path, architecture, method):
-    write_model(tmp_path, architecture)
+def test_fisher_products_are_the_same(tmp_path, method):
+    write_model(tmp_path, "llama")
     r = None if method == "kl_hessian" else 2
     products = []
     for gradient_checkpointing in (False, True):

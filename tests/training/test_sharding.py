@@ -85,7 +85,7 @@ def direction(count):
 
 
 def product(model, method, wrapper):
-    """F v by the operator, of this process's share of the rows; what it said where it refuses."""
+    """F v by the operator, of this process's share of the rows, and its method; what it said where it refuses."""
     policy = make(model, wrapper, r=None if method == "kl_hessian" else 2)
     observations, _, mask = rows()
     own = share_of(ROWS).slice
@@ -93,7 +93,7 @@ def product(model, method, wrapper):
         fisher = FisherOperator(policy, observations[own], mask=mask[own], method=method, microbatch_size=MICROBATCH)
     except ValueError as error:
         return str(error)
-    return fisher.undamped(direction(flatten(trainable_parameters(policy)).numel()))
+    return fisher.undamped(direction(flatten(trainable_parameters(policy)).numel())), fisher.method
 
 
 def independent(model, method):
@@ -118,18 +118,20 @@ WRAPPERS = ["one process", "two processes", "checkpointing", "fsdp2", "fsdp2 che
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("method", ["gauss_newton", "kl_hessian", "finite_difference"])
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "kl_hessian", "finite_difference"])
 def test_a_fisher_method_under_a_wrapper(workers, model, method, wrapper):
     spread = "fsdp2" in wrapper or wrapper == "two processes"
     found = workers.run(product, 2, model, method, wrapper) if spread else [product(model, method, wrapper)]
     if (method, wrapper) in REFUSED:
-        if method == "kl_hessian":  # what is trained is spread, and would not be whole
-            assert all("sharded" in words or "trained" in words for words in found)
-        assert all("use the method finite_difference" in words for words in found)
+        assert all("use the method finite_difference: it is sharded" in words for words in found)
         return
     expected = independent(model, method)
-    tolerance = 1e-6 if method == "finite_difference" else 1e-11
-    for each in found:
+    chosen = method
+    if method == "auto":
+        chosen = "finite_difference" if "fsdp2" in wrapper else "gauss_newton"
+    tolerance = 1e-6 if chosen == "finite_difference" else 1e-11
+    for each, used in found:
+        assert used == chosen
         torch.testing.assert_close(each, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
@@ -264,7 +266,7 @@ def test_a_launched_run_under_fsdp2(workers, tmp_path, monkeypatch):
     prepare(tmp_path)
     sections = {
         "iterations": 2,
-        "critic": {"kind": "adapter", "r": 2, "epochs": 1, "minibatches": 5},
+        "critic": {"kind": "model", "r": 2, "epochs": 1, "minibatches": 5},
         "rollout": {"batch_size": 5, "max_new_tokens": 4, "microbatch_size": 2},
         "update": {"kind": "trpo", "max_kl": 0.05, "cg_iterations": 3, "fisher_method": "finite_difference"},
         "checkpoint": {"every": 1},
