@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+PATIENCE = 300  # seconds: processes that wait for each other do so for ever
+
 
 class Workers:
     """`count` processes that wait for work; a context manager."""
@@ -28,7 +30,7 @@ class Workers:
         with tempfile.TemporaryDirectory() as folder:
             for rank, pipe in enumerate(self._pipes[:count]):
                 pipe.send((function, given, rank, count, str(Path(folder) / "store")))
-            replies = [pipe.recv() for pipe in self._pipes[:count]]
+            replies = [_received(pipe) for pipe in self._pipes[:count]]
         for _, error in replies:
             assert error is None, error
         return [result for result, _ in replies]
@@ -41,6 +43,12 @@ class Workers:
             pipe.send(None)
         for process in self._processes:
             process.join(10)
+            process.kill()
+
+
+def _received(pipe):
+    assert pipe.poll(PATIENCE), f"a process has not answered in {PATIENCE} seconds"
+    return pipe.recv()
 
 
 def _serve(pipe):
