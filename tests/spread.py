@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -52,6 +53,7 @@ def _received(pipe):
 
 
 def _serve(pipe):
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # where the functions' modules are, as pytest calls them
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     while (work := pipe.recv()) is not None:

@@ -30,12 +30,12 @@ class _Played(NamedTuple):
     """What T steps gave.
 
     Attributes:
-        arrays: (B, T, ...) tensors.
+        arrays: time-major, (T, B, ...).
         ended: step, unscaled return and length of each episode that ended.
         steps: (T,) environments that took a step.
     """
 
-    arrays: dict[str, Tensor]
+    arrays: dict[str, np.ndarray]
     ended: list[tuple[int, float, int]]
     steps: np.ndarray
 
@@ -120,7 +120,7 @@ class ControlTask:
             "truncated": truncated,
             "valid": valid,
         }
-        return _Played({name: _by_environment(array) for name, array in arrays.items()}, ended, valid.sum(1))
+        return _Played(arrays, ended, valid.sum(1))
 
     def _count(self, played: _Played) -> None:
         """Note the steps and the finished episodes of all processes, in the order of their steps."""
@@ -147,7 +147,8 @@ class ControlTask:
         generator = own_stream(self._generator)
         result = together(lambda: self._play(policy, generator))
         self._count(result)
-        played = result.arrays
+        # Not where they were played: a tensor of inference mode cannot be learnt from.
+        played = {name: _by_environment(array) for name, array in result.arrays.items()}
         rewards, ended = played["rewards"], played["terminated"] | played["truncated"]
         if self._reward_normaliser is not None:
             rewards = self._reward_normaliser(rewards, ended, played["valid"])
