@@ -260,6 +260,7 @@ def command(folder, environment, *arguments):
             del os.environ[name]
 
 
+@pytest.mark.slow
 def test_a_launched_run_under_fsdp2(workers, tmp_path, monkeypatch):
     """By accelerate's launcher and the file that is handed out, beside the same run without it."""
     monkeypatch.chdir(tmp_path)
