@@ -211,15 +211,15 @@ class ControlTask:
 
     def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         """The state of the run from that of each process: the environments of all, one after another."""
-        together = {
+        whole = {
             **states[0],
             **{name: torch.cat([state[name] for state in states]) for name in ("returns", "lengths")},
             "environments": self.environments.joined([state["environments"] for state in states]),
         }
         if self._reward_normaliser is not None:
             returns = torch.cat([state["reward_normaliser"]["returns"] for state in states])
-            together["reward_normaliser"] = states[0]["reward_normaliser"] | {"returns": returns}
-        return together
+            whole["reward_normaliser"] = states[0]["reward_normaliser"] | {"returns": returns}
+        return whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state of the run: exactly, where the environments' `load_state_dict` says it can."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lm_trust.core.batch import row_chunks
-from lm_trust.core.processes import placed_rows
+from lm_trust.core.processes import RowRange
 
 
 class Part(NamedTuple):
@@ -23,11 +23,11 @@ class Part(NamedTuple):
     total: int
 
 
-def shuffled(count: int, minibatches: int, generator: torch.Generator) -> tuple[Tensor, list[Part]]:
+def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> tuple[Tensor, list[Part]]:
     """One pass over the rows of all processes, in an order that does not hang on how they are spread.
 
     Args:
-        count: rows of this process.
+        placed: the rows, of which this process holds some.
         minibatches: parts that the pass is cut into.
         generator: in the same state in all processes.
 
@@ -35,7 +35,6 @@ def shuffled(count: int, minibatches: int, generator: torch.Generator) -> tuple[
         The (count,) indices of this process's rows as they come in the pass, so that each minibatch is a slice of them,
         and the minibatches.
     """
-    placed = placed_rows(count)
     order = torch.randperm(placed.total, generator=generator)
     chunks = list(row_chunks(placed.total, -(-placed.total // minibatches)))
     own = [placed.own(order[chunk]) for chunk in chunks]

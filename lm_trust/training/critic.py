@@ -16,7 +16,7 @@ from lm_trust.core.adam import adam_step
 from lm_trust.core.batch import Rollout
 from lm_trust.core.linearisation import output_with_pullback, set_gradients
 from lm_trust.core.minibatches import shuffled
-from lm_trust.core.processes import all_rows, mean, sum_gradients
+from lm_trust.core.processes import all_rows, mean, placed_rows, sum_gradients
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.surrogate import clipped_value_loss, clipped_value_slope
 
@@ -119,10 +119,11 @@ class ValueCritic:
             self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 - progress)
         mask = rollout.mask
         inputs, targets, old = rollout.critic_inputs[mask], returns[mask], old_values[mask]
+        placed = placed_rows(len(targets))
         parameters = list(self.network.parameters())
         losses = []
         for epoch in range(self._epochs):
-            order, parts = shuffled(len(targets), self._minibatches, self._generator)
+            order, parts = shuffled(placed, self._minibatches, self._generator)
             # Gathered once a pass: the minibatches are then views.
             ordered = [each[order] for each in (inputs, targets, old)]
             for rows, count in parts:

@@ -263,9 +263,11 @@ def _iterate(
             progress.update(metrics)
             is_last = trainer.iteration == trainer.iterations
             ending = None if is_last else stopping.after(metrics)
-            if recorder is not None and tables.every and (is_last or ending or trainer.iteration % tables.every == 0):
-                write_completions(folder, trainer.iteration, trainer.samples)
-                show_completions(trainer.iteration, trainer.samples, tables.show, console)
+            if tables.every and (is_last or ending or trainer.iteration % tables.every == 0):
+                samples = trainer.samples_of_all()
+                if recorder is not None:
+                    write_completions(folder, trainer.iteration, samples)
+                    show_completions(trainer.iteration, samples, tables.show, console)
             if ending is not None and ending.failed:
                 _save(config, world, folder)
                 raise _with_checkpoint(UserError(ending.words), f"iteration {trainer.iteration}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lm_trust.core.batch import Rollout
 from lm_trust.core.minibatches import shuffled
 from lm_trust.core.passes import passes
-from lm_trust.core.processes import sum_gradients, summed
+from lm_trust.core.processes import placed_rows, sum_gradients, summed
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.surrogate import clipped_value_loss
 from lm_trust.training.critic import explained_variance
@@ -98,9 +98,10 @@ class SequenceCritic:
         if self._anneal:
             self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 - progress)
         mask, total = rollout.mask, 0.0
+        placed = placed_rows(len(mask))
         with self.network.active():
             for epoch in range(self._epochs):
-                order, parts = shuffled(len(mask), self._minibatches, self._generator)
+                order, parts = shuffled(placed, self._minibatches, self._generator)
                 for rows in (order[part.rows] for part in parts):
                     loss = self._differentiate(rollout.observations[rows], returns[rows], old_values[rows], mask[rows])
                     self._optimizer.step()

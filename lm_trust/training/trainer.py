@@ -101,8 +101,8 @@ class Trainer:
         mismatch: what is done where a generation engine's log-probabilities differ from the policy's.
 
     Attributes:
-        samples: of the last iteration, what people may read of each row (B values a column): the rollout's `samples`,
-            the mean advantage of the row's steps and, where there is a reference, the row's KL to it in nats.
+        samples: of the last iteration, what people may read of each row here (B values a column): the rollout's
+            `samples`, the mean advantage of the row's steps and, where there is a reference, its KL to it in nats.
     """
 
     policy: nn.Module
@@ -188,6 +188,11 @@ class Trainer:
             place = self.task.describe(rollout, found.row, found.step)
             words = f"the {found.quantity} is {found.value} at {place}"
         return next((each for each in gathered(words) if each is not None), None)
+
+    def samples_of_all(self) -> dict[str, list]:
+        """`samples` of the rows of all processes, each of which must ask for them."""
+        everyone = gathered(self.samples)
+        return {name: [value for samples in everyone for value in samples[name]] for name in self.samples}
 
     @property
     def collecting(self) -> bool:
@@ -283,9 +288,7 @@ def _samples(rollout: Rollout, scores: dict[str, Tensor], advantages: Tensor) ->
     summed = {"advantage": torch.where(rollout.mask, advantages, 0.0).sum(-1) / rollout.mask.sum(-1)}
     if "reference KL" in scores:
         summed["reference_kl"] = torch.where(rollout.mask, scores["reference KL"], 0.0).sum(-1)
-    own = rollout.samples | {name: values.tolist() for name, values in summed.items()}
-    everyone = gathered(own)
-    return {name: [value for samples in everyone for value in samples[name]] for name in own}
+    return rollout.samples | {name: values.tolist() for name, values in summed.items()}
 
 
 def _buffers(policy: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from lm_trust.core.minibatches import shuffled
 from lm_trust.core.objective import Measurement, SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
 from lm_trust.core.passes import passes
-from lm_trust.core.processes import sum_gradients, summed
+from lm_trust.core.processes import placed_rows, sum_gradients, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.trust_region import line_search
@@ -154,8 +154,9 @@ class MinibatchAdam:
         norms: list[float],
     ) -> bool:
         """False as soon as a gradient is not finite; fills in the gradient norms."""
+        placed = placed_rows(len(batch))
         for _ in range(self._epochs):
-            order, parts = shuffled(len(batch), self._minibatches, self._generator)
+            order, parts = shuffled(placed, self._minibatches, self._generator)
             # Gathered once a pass: the minibatches are then views.
             ordered = batch[order]
             for rows, total in parts:

@@ -142,6 +142,14 @@ def test_a_run_goes_on_exactly_and_in_any_number_of_processes(workers, folder, w
     assert timeless(metrics("same")) == timeless(metrics("whole"))
 
 
+def test_a_language_model_takes_minibatches_that_leave_processes_without_rows(workers, folder):
+    update = {"kind": "ppo_clip", "epochs": 2, "minibatches": 3}
+    config = write_config(iterations=1, evaluation={"every": 0, "count": 4}, update=update)
+    assert statuses(workers.run(command, 4, folder, "train", config)) == [0] * 4
+    (line,) = metrics("run")
+    assert line["accepted"] and line["gradient_steps"] == 6
+
+
 def timeless(lines):
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
