@@ -12,11 +12,12 @@ median counts; memory is the process's highest beyond what it held before (Linux
 
 - products: one Fisher product over one policy gradient on the same tokens, those of one microbatch, by each method that
   the policy supports. "the first" also builds what the later ones reuse.
-- usable: the gain in the surrogate at the same exact mean step KL, by the share of rows that the Fisher sees and by
-  conjugate gradient iterations, relative to ten iterations on all rows. Every direction is scaled, by a search on the
-  exact KL over all rows, to the same KL. Its work is in gradients: share x iterations x a product; what the products
-  reuse is built by the gradient's own passes. SmolLM2 writes movie reviews, with the advantages of
-  configs/lm/sentiment_trpo.yaml; to the others each token is worth a random number of its own, and noise as large.
+- usable: the gain in the surrogate at the same exact mean step KL, by the share of rows that the Fisher sees, by
+  conjugate gradient iterations, with and without a preconditioner, relative to ten plain iterations on all rows. Every
+  direction is scaled, by a search on the exact KL over all rows, to the same KL. Its work is in gradients: share x
+  iterations x a product; what the products reuse is built by the gradient's own passes. SmolLM2 writes movie reviews,
+  with the advantages of configs/lm/sentiment_trpo.yaml; to the others each token is worth a random number of its own,
+  and noise as large.
 - updates: a whole TRPO update over PPO-clip's 4 epochs of 2 minibatches and over one plain policy gradient, a forward
   and a backward pass. Updates are as the Trainer calls them: from a scored batch to a moved and measured policy.
 """
@@ -25,12 +26,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from programs.measuring import peak_memory, start_of_memory, synchronize  # beside this file
@@ -42,6 +44,7 @@ from lm_trust.core.advantages import masked_whiten
 from lm_trust.core.batch import Batch, spread_rows
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
+from lm_trust.core.preconditioner import gradient_preconditioner
 from lm_trust.lm.generation import sample_completions
 from lm_trust.lm.loading import attach_adapter, load_policy, prepare_base
 from lm_trust.lm.policy import CausalPolicy
@@ -53,8 +56,9 @@ GPT2 = {"tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 2048}, 
 SMOLLM2 = "smollm2-135m"
 MAX_KL, DAMPING = 0.02, 0.03
 WARM_UP_STEPS, WARM_UP_SHAPE = 2, (16, 16, 32)
-FRACTIONS, ITERATIONS = (1.0, 0.5, 0.25, 0.125), (1, 2, 4, 10)
-DEMO_FRACTION = 0.25
+FRACTIONS, ITERATIONS = (1.0, 0.5, 0.25, 0.125), (1, 2, 3, 4, 10)
+PLAIN = {"max_kl": MAX_KL, "damping": DAMPING, "fisher_fraction": 0.25}
+DEMO = PLAIN | {"cg_iterations": 3, "preconditioner": "gradient"}  # as configs/lm/sentiment_trpo.yaml
 
 
 def make_policy(name: str, device: str, autocast: str | None) -> CausalPolicy:
@@ -88,7 +92,7 @@ def make_batch(policy: CausalPolicy, shape: tuple[int, int, int], seed: int) -> 
 
 def warmed_up(policy: CausalPolicy, shape: tuple[int, int, int]) -> Batch:
     """A batch of the policy after a few steps."""
-    update = TRPO(max_kl=MAX_KL, damping=DAMPING, cg_iterations=2, fisher_fraction=DEMO_FRACTION)
+    update = TRPO(**DEMO)
     for seed in range(WARM_UP_STEPS):
         update.step(policy, make_batch(policy, WARM_UP_SHAPE, seed))
     return make_batch(policy, shape, WARM_UP_STEPS)
@@ -97,7 +101,7 @@ def warmed_up(policy: CausalPolicy, shape: tuple[int, int, int]) -> Batch:
 def sentiment_batch(shape: tuple[int, int, int]) -> tuple[CausalPolicy, Batch]:
     """SmolLM2 after a few iterations on movie reviews, and its next batch; prompts are as long as they are."""
     rows, _, steps = shape
-    settings = {"rollout.batch_size": rows, "rollout.max_new_tokens": steps, "rollout.microbatch_size": "null"}
+    settings = {"rollout.batch_size": rows, "rollout.max_new_tokens": steps, "rollout.microbatch_size": rows}
     overrides = [(key, str(value)) for key, value in settings.items()]
     trainer = build_world(load_config("configs/lm/sentiment_trpo.yaml", overrides)).trainer
     for _ in range(WARM_UP_STEPS):
@@ -199,8 +203,16 @@ class Remembered:
         return self._products[self._next - 1]
 
 
-def gains(policy: CausalPolicy, batch: Batch, microbatch: int | None) -> dict[tuple[float, int], float]:
-    """By fraction and iterations, the surrogate's gain at the same exact KL."""
+class Solved(NamedTuple):
+    """How a direction was found."""
+
+    preconditioned: bool
+    fraction: float
+    iterations: int
+
+
+def gains(policy: CausalPolicy, batch: Batch, microbatch: int | None) -> dict[Solved, float]:
+    """The surrogate's gain at the same exact KL."""
     parameters = trainable_parameters(policy)
     objective = SurrogateObjective(
         policy, batch.observations, batch.actions, batch.advantages, mask=batch.mask, microbatch_size=microbatch
@@ -210,10 +222,18 @@ def gains(policy: CausalPolicy, batch: Batch, microbatch: int | None) -> dict[tu
     for fraction in FRACTIONS:
         rows = spread_rows(len(batch), fraction)
         fisher = FisherOperator(policy, batch.observations[rows], mask=batch.mask[rows], microbatch_size=microbatch)
-        products = Remembered(fisher.undamped)
-        for iterations in ITERATIONS:
-            solved = conjugate_gradient(products.rewind(), gradient, max_iterations=iterations, damping=DAMPING)
-            steps[fraction, iterations] = (2 * MAX_KL / solved.curvature) ** 0.5 * solved.solution
+        for preconditioner in (None, gradient_preconditioner(gradient, parameters)):
+            products = Remembered(fisher.undamped)
+            for iterations in ITERATIONS:
+                solved = conjugate_gradient(
+                    products.rewind(),
+                    gradient,
+                    max_iterations=iterations,
+                    damping=DAMPING,
+                    preconditioner=preconditioner,
+                )
+                how = Solved(preconditioner is not None, fraction, iterations)
+                steps[how] = (2 * MAX_KL / solved.curvature) ** 0.5 * solved.solution
     return {key: gain_at_bound(objective, parameters, step) for key, step in steps.items()}
 
 
@@ -231,18 +251,18 @@ def gain_at_bound(objective: SurrogateObjective, parameters: list[nn.Parameter],
         assign(parameters, theta)
 
 
-def print_gains(found: dict[tuple[float, int], float], costs: dict[str, Cost]) -> None:
+def print_gains(found: dict[Solved, float], costs: dict[str, Cost]) -> None:
     """Each share of the full solution's gain, and the Fisher work that it takes in gradients."""
     product = costs["gauss_newton, a later one"].seconds / costs["gradient"].seconds
-    best = found[FRACTIONS[0], ITERATIONS[-1]]
-    print("gain at equal exact KL, of 10 iterations on all rows / Fisher work in gradients")
-    print(f"  {'rows':>8} " + "".join(f"{f'{iterations} iterations':>18}" for iterations in ITERATIONS))
-    for fraction in FRACTIONS:
+    best = found[Solved(False, FRACTIONS[0], ITERATIONS[-1])]
+    print("gain at equal exact KL, of 10 plain iterations on all rows / Fisher work in gradients")
+    print(f"  {'preconditioned':14} {'rows':>6}" + "".join(f"{f'{count} iterations':>16}" for count in ITERATIONS))
+    for preconditioned, fraction in itertools.product((False, True), FRACTIONS):
         cells = []
         for iterations in ITERATIONS:
-            work = fraction * iterations * product
-            cells.append(f"{found[fraction, iterations] / best:>10.1%} /{work:>6.2f}")
-        print(f"  {fraction:>8.3f} " + "".join(cells), flush=True)
+            gain, work = found[Solved(preconditioned, fraction, iterations)], fraction * iterations * product
+            cells.append(f"{gain / best:>9.1%} /{work:>5.2f}")
+        print(f"  {'yes' if preconditioned else 'no':14} {fraction:>6.3f}" + "".join(cells), flush=True)
 
 
 # (c) whole updates
@@ -252,16 +272,17 @@ def update_costs(policy: CausalPolicy, batch: Batch, repeats: int, microbatch: i
     """Each rule's update from the same policy and batch."""
     parameters = trainable_parameters(policy)
     theta = flatten(parameters).detach()
-    demo = {"max_kl": MAX_KL, "damping": DAMPING, "fisher_fraction": DEMO_FRACTION, "microbatch_size": microbatch}
+    plain = PLAIN | {"microbatch_size": microbatch}
     objective = SurrogateObjective(
         policy, batch.observations, batch.actions, batch.advantages, mask=batch.mask, microbatch_size=microbatch
     )
     rules = {
         "PPO": PPOClip(epochs=4, minibatches=2, microbatch_size=microbatch),
-        **{f"TRPO, {count} products on a quarter": TRPO(cg_iterations=count, **demo) for count in (2, 4, 10)},
+        **{f"TRPO, {count} products on a quarter": TRPO(cg_iterations=count, **plain) for count in (2, 4, 10)},
+        "TRPO, 3 preconditioned on a quarter": TRPO(**DEMO, microbatch_size=microbatch),
     }
     if len(batch) <= 16:
-        rules["TRPO, 10 products on all rows"] = TRPO(cg_iterations=10, **demo | {"fisher_fraction": 1.0})
+        rules["TRPO, 10 products on all rows"] = TRPO(cg_iterations=10, **plain | {"fisher_fraction": 1.0})
     # A rule is kept over the turns, as in training: the line search begins where the last one ended.
     programs: dict[str, Callable[[], Any]] = {"policy gradient": lambda: objective.gradient(parameters)}
     programs |= {name: lambda rule=rule: rule.step(policy, batch) for name, rule in rules.items()}

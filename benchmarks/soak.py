@@ -75,8 +75,7 @@ def cartpole(folder: Path) -> Path:
     return written(
         folder / "cartpole.yaml",
         extends=str(Path("configs/control/cartpole_ppo.yaml").resolve()),
-        total_steps=500 * 8 * 128,
-        rollout={"steps": 128},
+        total_steps=500 * 8 * 125,
         evaluation={"every": 50, "count": 5},
         checkpoint={"every": 10},
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_
 from lm_trust.core.fisher import FisherOperator
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.passes import is_sharded
+from lm_trust.core.preconditioner import gradient_preconditioner
 from lm_trust.core.report import StepReport
+
+Preconditioner = Literal["gradient"] | Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def natural_gradient(
     fisher_method: str,
     microbatch_size: int | None,
     cg_tolerance: float = 1e-10,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    preconditioner: Preconditioner = None,
 ) -> tuple[NaturalGradient | None, StepReport]:
     """The direction at the present parameters, which become theta_old of the objective.
 
@@ -86,6 +89,10 @@ def natural_gradient(
         microbatch_size=microbatch_size,
     )
 
+    unit = gradient / largest
+    if preconditioner == "gradient":
+        preconditioner = gradient_preconditioner(unit, parameters)
+
     def solve(right_hand_side: Tensor) -> ConjugateGradientResult:
         return conjugate_gradient(
             fisher.undamped,
@@ -96,7 +103,6 @@ def natural_gradient(
             preconditioner=preconditioner,
         )
 
-    unit = gradient / largest
     solved = solve(unit)
     report = StepReport(
         False,

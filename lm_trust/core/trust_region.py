@@ -10,7 +10,6 @@ optimisation (Achiam et al. 2017), and the line search checks both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lm_trust.core.budget import step_within_budget
 from lm_trust.core.distributions import Distribution
-from lm_trust.core.natural_gradient import natural_gradient
+from lm_trust.core.natural_gradient import Preconditioner, natural_gradient
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
 from lm_trust.core.report import StepReport
@@ -43,7 +42,7 @@ def trust_region_step(
     fisher_method: str = "auto",
     holdout_fraction: float = 0.0,
     microbatch_size: int | None = None,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    preconditioner: Preconditioner = None,
     reference: Distribution | None = None,
     reference_loss: float = 0.0,
     reference_budget: float | None = None,
@@ -62,7 +61,8 @@ def trust_region_step(
         mask: like advantages, True at real actions; None counts all.
         max_kl: bound on the mean exact KL(old || new), nats per step.
         damping: added to the Fisher's diagonal while solving.
-        cg_iterations, cg_tolerance, preconditioner: see `conjugate_gradient`.
+        cg_iterations, cg_tolerance: see `conjugate_gradient`.
+        preconditioner: as there; or "gradient", see `gradient_preconditioner`.
         backtrack_ratio, max_backtracks: the line search tries fractions backtrack_ratio ** k, k = 0..max_backtracks.
         first_backtracks: the first k; a caller that remembers what the last step needed saves passes over the batch.
         accept_ratio: least measured gain over predicted gain.

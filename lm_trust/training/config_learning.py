@@ -149,6 +149,9 @@ class Trpo(Section):
     anneal: bool = Field(False, description="let the bound fall to 0 over the run")
     damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
     cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
+    preconditioner: Literal["gradient"] | None = Field(
+        None, description="gradient: what it says of the Fisher spares half of them; null: none"
+    )
     fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
     fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(
         "auto", description="how its products are computed"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lm_trust.core.batch import Batch
+from lm_trust.core.natural_gradient import Preconditioner
 from lm_trust.core.trust_region import StepReport, trust_region_step
 
 
@@ -22,6 +23,7 @@ class TRPO:
     anneal: bool = False
     damping: float = 0.1
     cg_iterations: int = 10
+    preconditioner: Preconditioner = None
     backtrack_ratio: float = 0.8
     max_backtracks: int = 10
     accept_ratio: float = 0.0
@@ -45,6 +47,7 @@ class TRPO:
             max_kl=max_kl,
             damping=self.damping,
             cg_iterations=self.cg_iterations,
+            preconditioner=self.preconditioner,
             backtrack_ratio=self.backtrack_ratio,
             max_backtracks=self.max_backtracks,
             first_backtracks=self._first_backtracks,

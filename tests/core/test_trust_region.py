@@ -154,13 +154,21 @@ def assert_untouched(policy, before, report):
 
 @pytest.mark.parametrize("make", POLICIES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_step_is_the_dense_natural_gradient_scaled_by_the_undamped_curvature(make, masked):
+@pytest.mark.parametrize("preconditioner", [None, "gradient", lambda v: 2 * v])
+def test_the_step_is_the_dense_natural_gradient_scaled_by_the_undamped_curvature(make, masked, preconditioner):
     policy, mask = make(), uneven_mask() if masked else None
     batch = experience(policy)
     fisher, gradient = dense(policy, *batch, mask)
     before = vector_of(policy)
     report = trust_region_step(
-        policy, *batch, mask=mask, max_kl=1e-4, damping=0.05, cg_iterations=100, cg_tolerance=1e-14
+        policy,
+        *batch,
+        mask=mask,
+        max_kl=1e-4,
+        damping=0.05,
+        cg_iterations=100,
+        cg_tolerance=1e-14,
+        preconditioner=preconditioner,
     )
     assert report.accepted
     x = torch.linalg.solve(fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64), gradient)

@@ -102,6 +102,7 @@ def draw(seed):
         "max_backtracks": choose.choice([0, 10, 40]),
         "fisher_fraction": choose.choice([1.0, 1.0, 0.5]),
         "microbatch_size": choose.choice([None, None, 2]),
+        "preconditioner": choose.choice([None, "gradient"]),
     }
     return policy, observations, actions, advantages, mask, settings
 

@@ -378,7 +378,8 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
             "update.clip",
             "0.2",
             "update.clip: unknown key of kind trpo; its keys are max_kl, anneal, damping, cg_iterations, "
-            "fisher_fraction, fisher_method, backtrack_ratio, max_backtracks, accept_ratio, holdout_fraction",
+            "preconditioner, fisher_fraction, fisher_method, backtrack_ratio, max_backtracks, accept_ratio, "
+            "holdout_fraction",
         ),
         (
             "rollout.at_limit",

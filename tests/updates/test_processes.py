@@ -26,6 +26,7 @@ RULES = {
     "trpo_microbatches": (TRPO, {"microbatch_size": 1}),
     "trpo_finite_difference": (TRPO, {"fisher_method": "finite_difference", "cg_iterations": 3}),
     "trpo_kl_hessian": (TRPO, {"fisher_method": "kl_hessian"}),
+    "trpo_preconditioned": (TRPO, {"preconditioner": "gradient", "cg_iterations": 2}),
     "trpo_holdout": (TRPO, {"holdout_fraction": 0.4}),
     "trpo_reference": (TRPO, {"reference_loss": 0.3}),
     "trpo_budget": (TRPO, {"reference_budget": 0.05}),

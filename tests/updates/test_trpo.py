@@ -61,6 +61,7 @@ def measured_kl(old, new, batch):
         {"max_kl": 0.05, "damping": 0.01, "cg_iterations": 4},
         {"fisher_fraction": 0.5, "microbatch_size": 3},
         {"fisher_method": "finite_difference", "backtrack_ratio": 0.5},
+        {"preconditioner": "gradient", "cg_iterations": 2},
     ],
 )
 def test_is_the_cores_step_with_the_rules_settings(settings):
