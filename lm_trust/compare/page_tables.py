@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_trust.compare.figure_parts import Line, known
 from lm_trust.compare.figures import limit_at
-from lm_trust.compare.words import cell_name, knob_text, number_text
+from lm_trust.compare.words import cell_name, knob_text, nats_text, number_text
 
 # By chance all n runs of one rule are above, or below, all n of another in 2 of (2 n over n) orders: for fewer than
 # four in more than 5 %, so that even an interval of no width supports nothing.
@@ -43,12 +43,8 @@ def matched(report: Line) -> list[dict[str, Any]]:
                 if row["mean"] is None:
                     mean, iqm = f"not reached by {seeds - reached} of {seeds} seeds", MISSING
                 rows.append([row["rule"], mean, iqm, knob_text(row["value"]) or MISSING, str(seeds)])
-        groups.append({"kl": _nats(kl), "rows": rows, "limit": _most(report, kl)})
+        groups.append({"kl": nats_text(kl), "rows": rows, "limit": _most(report, kl)})
     return groups
-
-
-def _nats(kl: float) -> str:
-    return f"{number(kl)} nat{'' if kl == 1 else 's'}"
 
 
 def _most(report: Line, kl: float) -> str | None:
@@ -68,7 +64,7 @@ def improvement(report: Line) -> list[dict[str, Any]]:
         cells = {(row["rule"], row["other"]): row for row in rows if row["kl"] == kl}
         rules = list(dict.fromkeys(rule for pair in cells for rule in pair))
         matrices.append({
-            "kl": _nats(kl),
+            "kl": nats_text(kl),
             "rules": rules,
             "rows": [(rule, [_wins(cells.get((rule, other)), enough) for other in rules]) for rule in rules],
         })  # fmt: skip
@@ -167,7 +163,7 @@ def completions(report: Line, rules: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _note(text: Line) -> str:
-    kl = _nats(text["kl"]) if known(text.get("kl")) else ""
+    kl = nats_text(text["kl"]) if known(text.get("kl")) else ""
     return ", ".join(part for part in (knob_text(text.get("value")), kl) if part)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_trust.compare.fresh_samples import clustered_mean
 from lm_trust.compare.frontier import Curve, reward_at
-from lm_trust.compare.words import number_text
+from lm_trust.compare.words import nats_text, number_text
 
 Line = dict[str, Any]
 
@@ -21,10 +21,10 @@ def summarise(report: Line, curves: Sequence[Curve]) -> list[str]:
         report: everything but its summary.
         curves: what its matched table was made from.
     """
-    unit = "nats of reference KL" if report["world"] == "language" else "nats of mean step KL"
+    of = "reference KL" if report["world"] == "language" else "mean step KL"
     return [
         *_runs(report),
-        *(sentence for kl in _matched_kls(report) for sentence in _at_kl(report, curves, kl, unit)),
+        *(sentence for kl in _matched_kls(report) for sentence in _at_kl(report, curves, kl, of)),
         *_bounds(report),
         *_costs(report),
         *_one_update(report),
@@ -49,12 +49,12 @@ def _matched_kls(report: Line) -> list[float]:
     return sorted({row["kl"] for row in report["matched"]})
 
 
-def _at_kl(report: Line, curves: Sequence[Curve], kl: float, unit: str) -> list[str]:
+def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[str]:
     rows = sorted(
         (row for row in report["matched"] if row["kl"] == kl and row["mean"] is not None),
         key=lambda row: -row["mean"],
     )
-    place = f"At {kl:g} {unit}"
+    place = f"At {nats_text(kl)} of {of}"
     if not rows:
         return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
     best, others = rows[0], rows[1:]
@@ -82,7 +82,7 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     share = (best["mean"] - start) / (top - start)
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
     gain = f"{number_text(top)}, from {number_text(start)} at the start"
-    return [f"The most that {best['kl']:g} nats can buy is estimated at {gain}{bought}."]
+    return [f"The most that {nats_text(best['kl'])} can buy is estimated at {gain}{bought}."]
 
 
 def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line) -> tuple[float, float] | None:

@@ -8,6 +8,11 @@ def number_text(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def nats_text(kl: float) -> str:
+    """A KL as it is matched at: "1 nat", "0.5 nats"."""
+    return f"{kl:g} nat{'' if kl == 1 else 's'}"
+
+
 def knob_text(value: float | None) -> str:
     """A knob's value as it is written in a config, or nothing where a rule has no knob."""
     return "" if value is None else f"{value:g}"

@@ -326,6 +326,7 @@ def backward(
     old_log_prob = torch.where(mask, minibatch.old_log_prob, 0.0)
     count = summed(mask.sum()).clamp_min(1)
     means: list[Tensor] = []
+    # A process without a row of the minibatch has its part in the sums, which is zero.
     for rows in passes(policy, len(minibatch), microbatch_size) or [slice(0)]:
         values = per_step(
             objective,

@@ -28,6 +28,13 @@ def report_of(curves, **more):
     return report | more
 
 
+def test_one_nat_is_not_many():
+    curves = [curve("trpo", seed, 0.5) for seed in range(3)]
+    matched = [{**row, "kl": 1.0} for row in report_of(curves)["matched"]]
+    text = " ".join(summarise(report_of(curves, matched=matched), curves))
+    assert "At 1 nat of reference KL trpo has the highest mean reward" in text
+
+
 def test_a_lead_is_claimed_only_where_the_paired_interval_supports_it():
     """trpo is ahead of b by the same on every seed; of c by as much on average, but not seed by seed."""
     curves = [curve("trpo", seed, 0.5 + 0.1 * seed) for seed in range(3)]

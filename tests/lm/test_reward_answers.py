@@ -61,7 +61,7 @@ def test_scores_may_lie_on_another_device():
         b"123",
         {1.0, 2.0, 3.0},
         {0: 1.0, 1: 1.0, 2: 1.0},
-        iter([1.0, 2.0, 3.0]),
+        pytest.param(iter([1.0, 2.0, 3.0]), id="iterator"),
         torch.tensor(1.0),
         torch.ones(3, 1),
         torch.ones(3, device="meta"),
