@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_update import DEMO, GPT2, Cost, take_turns, warmed_up  # beside this file
+from lm_update import PRECONDITIONED, Cost, make_policy, take_turns, warmed_up  # beside this file
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
-from lm_trust.lm.loading import attach_adapter, prepare_base
-from lm_trust.lm.policy import CausalPolicy
 from lm_trust.updates import TRPO, PPOClip
 
 PROMPT, STEPS, MICROBATCH = 16, 32, 4
@@ -36,18 +33,14 @@ SIZES = {
 }
 AT_REST = {"completion tokens": 512, "rank": 8, "vocabulary": 2048}
 RULES = {
-    "TRPO": lambda: TRPO(**DEMO, microbatch_size=MICROBATCH),
+    "TRPO": lambda: TRPO(**PRECONDITIONED, microbatch_size=MICROBATCH),
     "PPO, 4 epochs x 2": lambda: PPOClip(epochs=4, minibatches=2, microbatch_size=MICROBATCH),
 }
 
 
 def updates(sizes: Mapping[str, int]) -> dict[str, Callable[[], Any]]:
     """An update by each rule, all from the same policy and batch."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = GPT2Config(**GPT2["tiny"] | {"vocab_size": sizes["vocabulary"]}, bos_token_id=0, eos_token_id=0)
-        base = GPT2LMHeadModel(config)
-    policy = CausalPolicy(attach_adapter(prepare_base(base), r=sizes["rank"]))
+    policy = make_policy("tiny", rank=sizes["rank"], vocabulary=sizes["vocabulary"])
     batch = warmed_up(policy, (sizes["completion tokens"] // STEPS, PROMPT, STEPS))
     parameters = trainable_parameters(policy)
     theta = flatten(parameters).detach()

@@ -57,17 +57,21 @@ SMOLLM2 = "smollm2-135m"
 MAX_KL, DAMPING = 0.02, 0.03
 WARM_UP_STEPS, WARM_UP_SHAPE = 2, (16, 16, 32)
 FRACTIONS, ITERATIONS = (1.0, 0.5, 0.25, 0.125), (1, 2, 3, 4, 10)
-PLAIN = {"max_kl": MAX_KL, "damping": DAMPING, "fisher_fraction": 0.25}
-DEMO = PLAIN | {"cg_iterations": 3, "preconditioner": "gradient"}  # as configs/lm/sentiment_trpo.yaml
+PLAIN = {"max_kl": MAX_KL, "damping": DAMPING, "fisher_fraction": 0.25}  # as configs/lm/sentiment_trpo.yaml
+PRECONDITIONED = PLAIN | {"cg_iterations": 3, "preconditioner": "gradient"}
 
 
-def make_policy(name: str, device: str, autocast: str | None) -> CausalPolicy:
+def make_policy(
+    name: str, device: str = "cpu", autocast: str | None = None, *, rank: int = 8, vocabulary: int | None = None
+) -> CausalPolicy:
+    """One of the models; of GPT-2s, rank and vocabulary may be others than their own."""
     if name == SMOLLM2:
         return load_policy(name, device=device, autocast=autocast)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = GPT2LMHeadModel(GPT2Config(**GPT2[name], bos_token_id=0, eos_token_id=0))
-    adapted = attach_adapter(prepare_base(base.to(device)), r=8)
+        size = {} if vocabulary is None else {"vocab_size": vocabulary}
+        base = GPT2LMHeadModel(GPT2Config(**GPT2[name] | size, bos_token_id=0, eos_token_id=0))
+    adapted = attach_adapter(prepare_base(base.to(device)), r=rank)
     return CausalPolicy(adapted, autocast=None if autocast is None else getattr(torch, autocast))
 
 
@@ -92,7 +96,7 @@ def make_batch(policy: CausalPolicy, shape: tuple[int, int, int], seed: int) -> 
 
 def warmed_up(policy: CausalPolicy, shape: tuple[int, int, int]) -> Batch:
     """A batch of the policy after a few steps."""
-    update = TRPO(**DEMO)
+    update = TRPO(**PRECONDITIONED)
     for seed in range(WARM_UP_STEPS):
         update.step(policy, make_batch(policy, WARM_UP_SHAPE, seed))
     return make_batch(policy, shape, WARM_UP_STEPS)
@@ -279,7 +283,7 @@ def update_costs(policy: CausalPolicy, batch: Batch, repeats: int, microbatch: i
     rules = {
         "PPO": PPOClip(epochs=4, minibatches=2, microbatch_size=microbatch),
         **{f"TRPO, {count} products on a quarter": TRPO(cg_iterations=count, **plain) for count in (2, 4, 10)},
-        "TRPO, 3 preconditioned on a quarter": TRPO(**DEMO, microbatch_size=microbatch),
+        "TRPO, 3 preconditioned on a quarter": TRPO(**PRECONDITIONED, microbatch_size=microbatch),
     }
     if len(batch) <= 16:
         rules["TRPO, 10 products on all rows"] = TRPO(cg_iterations=10, **plain | {"fisher_fraction": 1.0})

@@ -40,8 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def study(seed: int, rows: int, autocast: str) -> list[dict[str, Any]]:
     """One row a variant."""
-    given = {"seed": seed, "rollout.batch_size": rows, "rollout.microbatch_size": min(rows, 64)}
-    given |= {"model.autocast": autocast, "critic.kind": "reference_head"}
+    given = {"seed": seed, "model.autocast": autocast}
+    given |= {"rollout.batch_size": rows, "rollout.microbatch_size": min(rows, 64)}
     candidates = []
     for name, update in VARIANTS.items():
         overrides = given | {f"update.{key}": value for key, value in update.items()}

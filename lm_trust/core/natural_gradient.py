@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_
 from lm_trust.core.fisher import FisherOperator
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.passes import is_sharded
-from lm_trust.core.preconditioner import gradient_preconditioner
+from lm_trust.core.preconditioner import Preconditioner, gradient_preconditioner
 from lm_trust.core.report import StepReport
-
-Preconditioner = Literal["gradient"] | Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)

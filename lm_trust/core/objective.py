@@ -196,7 +196,8 @@ class SurrogateObjective:
         value, mean_kl, reference_kl = self._total(value, mean_kl, reference_kl)
         max_kl = largest(self._numbers(max_kl)).item()
         per_row = None if self._reference is None else reference_kl * self.steps_per_row
-        return Measurement(value - self._start, mean_kl, max_kl, per_row)
+        # Of steps that hardly move, the rounding of the mean may go below zero, as that of the maximum does above.
+        return Measurement(value - self._start, max(mean_kl, 0.0), max_kl, per_row)
 
     def _split(self, holdout_fraction: float) -> tuple[_Steps, _Steps]:
         """The valid steps of the first rows and those of the last."""

@@ -10,11 +10,15 @@ overstates the spread.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lm_trust.core.parameters import flatten, unflatten
+
+# What a step may be given: the one below, v -> M^-1 v of any other, or none.
+Preconditioner = Literal["gradient"] | Callable[[Tensor], Tensor] | None
 
 # Of the gradient's mean square, what is added to G'G / m: between a tenth and three, conjugate gradient takes the same
 # number of iterations.

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lm_trust.core.budget import step_within_budget
 from lm_trust.core.distributions import Distribution
-from lm_trust.core.natural_gradient import Preconditioner, natural_gradient
+from lm_trust.core.natural_gradient import natural_gradient
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
+from lm_trust.core.preconditioner import Preconditioner
 from lm_trust.core.report import StepReport
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lm_trust.core.batch import Batch
-from lm_trust.core.natural_gradient import Preconditioner
+from lm_trust.core.preconditioner import Preconditioner
 from lm_trust.core.trust_region import StepReport, trust_region_step
 
 
