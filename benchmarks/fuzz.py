@@ -348,29 +348,36 @@ class Found:
     problems: dict[str, int] = field(default_factory=dict)
 
 
-def fuzz(name: str, count: int, seed: int, folder: Path, keep: Path | None = None) -> Found:
-    """Load `count` spoilt inputs of a target; `keep` is where the first one of each problem is copied to."""
+@contextmanager
+def watched(name: str, folder: Path) -> Iterator[Callable[[random.Random], str | None]]:
+    """`problem_of` for the inputs of a target, whose good files are made in `folder`."""
     if not _HOOKED:
         sys.addaudithook(_WATCH)
         _HOOKED.append(True)
     folder.mkdir(parents=True)
     before = signal.signal(signal.SIGALRM, _overdue)
-    found = Found()
     try:
         with _quietly():
             load = TARGETS[name][0](folder)
-            for number in range(count):
-                problem = problem_of(load, random.Random(f"{seed} {name} {number}"), folder)
-                if problem is None:
-                    found.read += 1
-                elif not problem:
-                    found.refused += 1
-                elif problem not in found.problems:
-                    found.problems[problem] = number
-                    if keep is not None:
-                        shutil.copytree(folder, keep / f"{name} {number}", symlinks=True, dirs_exist_ok=True)
+            yield lambda numbers: problem_of(load, numbers, folder)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(name: str, count: int, seed: int, folder: Path, keep: Path | None = None) -> Found:
+    """Load `count` spoilt inputs of a target; `keep` is where the first one of each problem is copied to."""
+    found = Found()
+    with watched(name, folder) as problem_with:
+        for number in range(count):
+            problem = problem_with(random.Random(f"{seed} {name} {number}"))
+            if problem is None:
+                found.read += 1
+            elif not problem:
+                found.refused += 1
+            elif problem not in found.problems:
+                found.problems[problem] = number
+                if keep is not None:
+                    shutil.copytree(folder, keep / f"{name} {number}", symlinks=True, dirs_exist_ok=True)
     return found
 
 
