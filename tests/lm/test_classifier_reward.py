@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import huggingface_hub.constants
 import pytest
 import torch
 from datasets import Dataset
@@ -197,9 +198,12 @@ ROWS = {"prompt": PROMPTS[:4], "chosen": COMPLETIONS[:4], "rejected": [" was bad
 
 
 @pytest.fixture
-def reward_trainer(tmp_path, network_attempts):
+def reward_trainer(tmp_path, network_attempts, monkeypatch):
     """A tiny reward model trained by trl for two steps: (base, LoRA or not, pad token or not) to (trainer, folder)."""
     from trl import RewardConfig, RewardTrainer
+
+    # Sent by a thread of its own, it could come after the trainer's attempts are forgotten below.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
 
     def train(base, lora):
         folder = tmp_path / "reward_model"
@@ -327,8 +331,6 @@ def test_an_adapter_without_a_head_is_refused(model_folders, tmp_path):
 
 
 def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(model_folders, tmp_path, network_attempts, monkeypatch):
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     adapter_of(model_folders("llama"), tmp_path)
     path = tmp_path / "adapter_config.json"
