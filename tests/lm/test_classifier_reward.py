@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 
-import huggingface_hub.constants
 import pytest
 import torch
 from datasets import Dataset
@@ -25,6 +24,7 @@ from lm_trust.errors import UserError
 from lm_trust.lm import pretrained, smollm2
 from lm_trust.lm.classifier_reward import load_classifier
 from lm_trust.lm.rewards import WeightedRewards
+from lm_trust.stages.training import quiet_libraries
 from lm_trust.training.config_rewards import ClassifierReward
 
 PROMPTS = ["the film", "a plot", "", "we saw the zebra and it", "I", ""]
@@ -198,12 +198,9 @@ ROWS = {"prompt": PROMPTS[:4], "chosen": COMPLETIONS[:4], "rejected": [" was bad
 
 
 @pytest.fixture
-def reward_trainer(tmp_path, network_attempts, monkeypatch):
+def reward_trainer(tmp_path):
     """A tiny reward model trained by trl for two steps: (base, LoRA or not, pad token or not) to (trainer, folder)."""
     from trl import RewardConfig, RewardTrainer
-
-    # Sent by a thread of its own, it could come after the trainer's attempts are forgotten below.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
 
     def train(base, lora):
         folder = tmp_path / "reward_model"
@@ -227,11 +224,11 @@ def reward_trainer(tmp_path, network_attempts, monkeypatch):
         )
         trainer.train()
         trainer.save_model()
-        network_attempts.clear()  # of the trainer, not of what is tested here
         return trainer, folder
 
     bars = transformers_logging.is_progress_bar_enabled()
-    yield train
+    with quiet_libraries():  # trl tells the hub of its use, in a thread that may outlive the test
+        yield train
     if bars:
         transformers_logging.enable_progress_bar()
 
@@ -331,6 +328,8 @@ def test_an_adapter_without_a_head_is_refused(model_folders, tmp_path):
 
 
 def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(model_folders, tmp_path, network_attempts, monkeypatch):
+    import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     adapter_of(model_folders("llama"), tmp_path)
     path = tmp_path / "adapter_config.json"
