@@ -13,11 +13,11 @@ median counts; memory is the process's highest beyond what it held before (Linux
 - products: one Fisher product over one policy gradient on the same tokens, those of one microbatch, by each method that
   the policy supports. "the first" also builds what the later ones reuse.
 - usable: the gain in the surrogate at the same exact mean step KL, by the share of rows that the Fisher sees, by
-  conjugate gradient iterations, with and without a preconditioner, relative to ten plain iterations on all rows. Every
-  direction is scaled, by a search on the exact KL over all rows, to the same KL. Its work is in gradients: share x
-  iterations x a product; what the products reuse is built by the gradient's own passes. SmolLM2 writes movie reviews,
-  with the advantages of configs/lm/sentiment_trpo.yaml; to the others each token is worth a random number of its own,
-  and noise as large.
+  conjugate gradient iterations, with and without a preconditioner, relative to ten plain iterations on all rows; means
+  of several batches of one policy, and the least and the most of them. Every direction is scaled, by a search on the
+  exact KL over all rows, to the same KL. Its work is in gradients: share x iterations x a product; what the products
+  reuse is built by the gradient's own passes. SmolLM2 writes movie reviews, with the advantages of
+  configs/lm/sentiment_trpo.yaml; to the others each token is worth a random number of its own, and noise as large.
 - updates: a whole TRPO update over PPO-clip's 4 epochs of 2 minibatches and over one plain policy gradient, a forward
   and a backward pass. Updates are as the Trainer calls them: from a scored batch to a moved and measured policy.
 """
@@ -56,7 +56,7 @@ GPT2 = {"tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 2048}, 
 SMOLLM2 = "smollm2-135m"
 MAX_KL, DAMPING = 0.02, 0.03
 WARM_UP_STEPS, WARM_UP_SHAPE = 2, (16, 16, 32)
-FRACTIONS, ITERATIONS = (1.0, 0.5, 0.25, 0.125), (1, 2, 3, 4, 10)
+FRACTIONS, ITERATIONS = (1.0, 0.66, 0.5, 0.25), (1, 2, 3, 4, 10)
 PLAIN = {"max_kl": MAX_KL, "damping": DAMPING, "fisher_fraction": 0.25}  # as configs/lm/sentiment_trpo.yaml
 PRECONDITIONED = PLAIN | {"cg_iterations": 3, "preconditioner": "gradient"}
 
@@ -102,15 +102,15 @@ def warmed_up(policy: CausalPolicy, shape: tuple[int, int, int]) -> Batch:
     return make_batch(policy, shape, WARM_UP_STEPS)
 
 
-def sentiment_batch(shape: tuple[int, int, int]) -> tuple[CausalPolicy, Batch]:
-    """SmolLM2 after a few iterations on movie reviews, and its next batch; prompts are as long as they are."""
+def sentiment_batches(shape: tuple[int, int, int], batches: int) -> tuple[CausalPolicy, list[Batch]]:
+    """SmolLM2 after a few iterations on movie reviews, and batches of it; prompts are as long as they are."""
     rows, _, steps = shape
     settings = {"rollout.batch_size": rows, "rollout.max_new_tokens": steps, "rollout.microbatch_size": rows}
     overrides = [(key, str(value)) for key, value in settings.items()]
     trainer = build_world(load_config("configs/lm/sentiment_trpo.yaml", overrides)).trainer
     for _ in range(WARM_UP_STEPS):
         trainer.iterate()
-    return trainer.policy, trainer.experience().batch
+    return trainer.policy, [trainer.experience().batch for _ in range(batches)]
 
 
 # Measuring
@@ -255,18 +255,23 @@ def gain_at_bound(objective: SurrogateObjective, parameters: list[nn.Parameter],
         assign(parameters, theta)
 
 
-def print_gains(found: dict[Solved, float], costs: dict[str, Cost]) -> None:
-    """Each share of the full solution's gain, and the Fisher work that it takes in gradients."""
+def print_gains(found: Sequence[dict[Solved, float]], costs: dict[str, Cost]) -> None:
+    """Each share of the full solution's gain, of several batches, and the Fisher work that it takes in gradients."""
     product = costs["gauss_newton, a later one"].seconds / costs["gradient"].seconds
-    best = found[Solved(False, FRACTIONS[0], ITERATIONS[-1])]
-    print("gain at equal exact KL, of 10 plain iterations on all rows / Fisher work in gradients")
-    print(f"  {'preconditioned':14} {'rows':>6}" + "".join(f"{f'{count} iterations':>16}" for count in ITERATIONS))
+    full = Solved(False, FRACTIONS[0], ITERATIONS[-1])
+    print(
+        f"gain at equal exact KL, of 10 plain iterations on all rows, mean of {len(found)} batches (least to most) / "
+        "Fisher work in gradients"
+    )
+    print(f"  {'preconditioned':14} {'rows':>5}" + "".join(f"{f'{count} iterations':>27}" for count in ITERATIONS))
     for preconditioned, fraction in itertools.product((False, True), FRACTIONS):
         cells = []
         for iterations in ITERATIONS:
-            gain, work = found[Solved(preconditioned, fraction, iterations)], fraction * iterations * product
-            cells.append(f"{gain / best:>9.1%} /{work:>5.2f}")
-        print(f"  {'yes' if preconditioned else 'no':14} {fraction:>6.3f}" + "".join(cells), flush=True)
+            how, work = Solved(preconditioned, fraction, iterations), fraction * iterations * product
+            shares = [gains[how] / gains[full] for gains in found]
+            spread = f"({min(shares):.0%} to {max(shares):.0%})"
+            cells.append(f"{f'{statistics.mean(shares):.1%} {spread} /{work:5.2f}':>27}")
+        print(f"  {'yes' if preconditioned else 'no':14} {fraction:>5.2f}" + "".join(cells), flush=True)
 
 
 # (c) whole updates
@@ -317,8 +322,10 @@ def measure(given: argparse.Namespace) -> Iterator[None]:
             if "usable" in given.parts:
                 if name == SMOLLM2:
                     del policy, batch
-                    policy, batch = sentiment_batch(shape)
-                print_gains(gains(policy, batch, given.microbatch), costs)
+                    policy, batches = sentiment_batches(shape, given.batches)
+                else:
+                    batches = [make_batch(policy, shape, WARM_UP_STEPS + number) for number in range(given.batches)]
+                print_gains([gains(policy, batch, given.microbatch) for batch in batches], costs)
             yield
 
 
@@ -328,6 +335,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(16, 16, 32), (64, 16, 48)], metavar="BxP+T")
     parser.add_argument("--parts", nargs="+", choices=["products", "usable", "updates"])
     parser.add_argument("--repeats", type=int, default=5, help="turns, of which the median counts")
+    parser.add_argument("--batches", type=int, default=3, help="of which the mean gain counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--microbatch", type=int, default=16, help="sequences differentiated at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -181,11 +181,18 @@ def _candidates(path: str, base: str, config: CompareConfig) -> list[Candidate]:
         return []
     if any(rule.also for rule in config.rules.values()):
         raise UserError(f"{path}: one_update: needs rules that differ in their update section alone; remove it")
-    return [
+    candidates = [
         Candidate(name, rule.knob, value, _run_config(path, base, config, name, value, config.seeds[0]))
         for name, rule in config.rules.items()
         for value in config.one_update.values.get(name, rule.values) or [None]
     ]
+    before, iterations = config.one_update.iterations_before, candidates[0].config.iterations
+    if before >= iterations:
+        raise UserError(
+            f"{path}: one_update.iterations_before: must be less than the {iterations} iterations of a run, "
+            f"got {before}"
+        )
+    return candidates
 
 
 def _run_config(path: str, base: str, config: CompareConfig, name: str, value: float | None, seed: int) -> Config:

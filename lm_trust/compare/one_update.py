@@ -41,7 +41,7 @@ def one_update_study(
 
     Args:
         candidates: their configs differ in nothing but the update section (and the output folder).
-        iterations_before: ordinary iterations by the first candidate's rule.
+        iterations_before: ordinary iterations by the first candidate's rule, fewer than those of its run.
         evaluations: held-out completions or episodes, of the old policy and of each new one, with the same noise.
         on_row: takes each row as soon as it is made.
 
@@ -60,17 +60,12 @@ def one_update_study(
 
     Raises:
         ValueError: there is no candidate, or their configs differ in more.
-        UserError: the first config cannot be built; it has too few iterations; or a number of the rollouts, which
-            the message names, is not finite.
+        UserError: the first config cannot be built; or a number of the rollouts, which the message names, is not
+            finite.
     """
     _require_alike(candidates)
     trainer = build_world(candidates[0].config).trainer
     try:
-        if iterations_before >= trainer.iterations:
-            raise UserError(
-                f"one_update.iterations_before: must be less than the {trainer.iterations} iterations of a run, "
-                f"got {iterations_before}"
-            )
         for _ in range(iterations_before):
             trainer.iterate()
         start = _Start(

@@ -57,15 +57,24 @@ def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[st
     place = f"At {nats_text(kl)} of {of}"
     if not rows:
         return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
-    best, others = rows[0], rows[1:]
-    sentences = [f"{place} {best['rule']} has the highest mean reward, {_estimate(best)}."]
-    verdicts = {row["rule"]: paired_difference(curves, kl, best, row) for row in others}
-    ahead = [rule for rule, interval in verdicts.items() if interval is not None and interval[0] > 0]
-    level = [rule for rule in verdicts if rule not in ahead]
+    best = rows[0]
+    level = [row["rule"] for row in rows if row["mean"] == best["mean"]]
+    others = [row for row in rows if row["rule"] not in level]
+    if len(level) == 1:
+        it, sentences = "it", [f"{place} {best['rule']} has the highest mean reward, {_estimate(best)}."]
+    else:
+        it, sentences = best["rule"], [f"{place} {_list(level)} share the highest mean reward, {_estimate(best)}."]
+    intervals = {row["rule"]: paired_difference(curves, kl, best, row) for row in others}
+    unknown = [rule for rule, interval in intervals.items() if interval is None]
+    ahead = [rule for rule, interval in intervals.items() if interval is not None and interval[0] > 0]
+    within = [rule for rule in intervals if rule not in (*unknown, *ahead)]
     if ahead:
-        sentences.append(f"There it is ahead of {_list(ahead)}: the 95 % interval of the difference is above zero.")
-    if level:
-        sentences.append(f"There its lead over {_list(level)} is not supported: the interval of it holds zero.")
+        sentences.append(f"There {it} is ahead of {_list(ahead)}: the 95 % interval of the difference is above zero.")
+    if within:
+        lead = "its lead" if it == "it" else f"{it}'s lead"
+        sentences.append(f"There {lead} over {_list(within)} is not supported: the interval of it holds zero.")
+    if unknown:
+        sentences.append(f"One seed is not enough to say whether {it} is ahead of {_list(unknown)}.")
     return sentences + _share_of_limit(report, best)
 
 

@@ -286,14 +286,13 @@ def _control_world(config: ControlConfig) -> World:
             remember=config.evaluation.videos,
         ),
     )
-    steps_an_iteration = config.environment.count * config.rollout.steps
     trainer = Trainer(
         policy,
         task,
         critic,
         build_update(config),
         config.advantage,
-        iterations=-(-config.total_steps // steps_an_iteration),
+        iterations=config.iterations,
     )
     return World(
         "control",

@@ -203,6 +203,11 @@ class ControlConfig(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     trackers: Trackers
 
+    @property
+    def iterations(self) -> int:
+        """Rounds of rollout and update: whole rollouts, so that the last may go beyond `total_steps`."""
+        return -(-self.total_steps // (self.environment.count * self.rollout.steps))
+
     @model_validator(mode="after")
     def _together(self) -> ControlConfig:
         size = self.environment.count * self.rollout.steps

@@ -83,6 +83,10 @@ def test_every_rule_runs_with_every_value_and_seed_and_differs_in_nothing_else(f
         ([("base", "other.yaml")], "no such file"),
         ([("limit", "{}")], "limit: it is of reward per nat of reference KL"),
         ([("one_update.values.ppo", "[1.0]")], "there is no rule of this name"),
+        (
+            [("one_update.iterations_before", "4")],
+            "iterations_before: must be less than the 4 iterations of",
+        ),
         ([("rules.trpo.also", "{critic: {clip: 0.2}}")], "one_update: needs rules that differ in their update"),
         ([("rules.trpo.also", "{update: {}}")], "the update section stands in update"),
         ([("seed", "[0]")], "seed: unknown key; did you mean seeds?"),

@@ -46,6 +46,21 @@ def test_a_lead_is_claimed_only_where_the_paired_interval_supports_it():
     assert "its lead over c is not supported" in text
 
 
+def test_rules_that_are_level_have_no_lead():
+    curves = [curve(rule, seed, 0.5) for rule in ("trpo", "b") for seed in range(3)]
+    curves += [curve("c", seed, 0.4 - 0.001 * seed) for seed in range(3)]
+    text = " ".join(summarise(report_of(curves), curves))
+    assert "trpo and b share the highest mean reward, 0.5" in text and "There trpo is ahead of c:" in text
+    assert "lead" not in text
+
+
+def test_one_seed_has_no_interval():
+    curves = [curve("trpo", 0, 0.5), curve("b", 0, 0.4)]
+    text = " ".join(summarise(report_of(curves), curves))
+    assert "One seed is not enough to say whether it is ahead of b." in text
+    assert "interval" not in text
+
+
 def test_the_difference_is_that_of_a_paired_t_test():
     one, other = [0.5, 0.9, 0.4], [0.45, 0.7, 0.41]
     curves = [curve("one", seed, reward) for seed, reward in enumerate(one)]
