@@ -28,8 +28,7 @@ from lm_trust.training.checkpoint import load_checkpoint
 from lm_trust.training.config_file import load_config
 from lm_trust.training.trainer import Trainer
 
-LAMBDAS = (0.0, 0.3, 0.6, 0.8, 1.0)
-USED, UNBIASED = 0.6, 1.0
+LAMBDAS, UNBIASED = {0.0, 0.3, 0.6, 0.8, 1.0}, 1.0  # and the run's own
 DAMPINGS, CG_ITERATIONS = (1.0, 0.1, 0.03), 6
 STEP_KL = 0.005  # nats a token, that all directions are compared at
 
@@ -46,6 +45,8 @@ def trainer_of(run: Path, rows: int) -> tuple[Trainer, float]:
     """The run's trainer with its last policy and critic, and the price of a nat in its objective."""
     given = {"rollout.batch_size": rows, "rollout.microbatch_size": rows}
     config = load_config(run / "config.yaml", [(key, str(value)) for key, value in given.items()])
+    if config.advantage.kind != "gae":
+        raise SystemExit(f"{run}: advantage.kind is {config.advantage.kind}, and what is varied here is gae's lambda")
     trainer = build_world(config).trainer
     state = load_checkpoint(run / "checkpoints")
     trainer.restore_policy(state)
@@ -66,7 +67,7 @@ def gradients_of_a_batch(trainer: Trainer) -> Gradients:
         return flatten(torch.autograd.grad(mean, parameters, retain_graph=True)).float()
 
     by_lambda = {}
-    for lam in LAMBDAS:
+    for lam in sorted({*LAMBDAS, trainer.advantage.lam}):
         ends = rollout.terminated, rollout.truncated
         advantages, _ = gae(experience.scores["reward"], values, next_values, *ends, gamma=1.0, lam=lam)
         by_lambda[lam] = gradient(log_prob * advantages)
@@ -126,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer, price = trainer_of(given.run, given.rows)
     batches = [gradients_of_a_batch(trainer) for _ in range(given.batches)]
-    reward = {lam: torch.stack([batch.reward[lam] for batch in batches]) for lam in LAMBDAS}
+    reward = {lam: torch.stack([batch.reward[lam] for batch in batches]) for lam in batches[0].reward}
     kl = torch.stack([batch.kl for batch in batches])
     print_noise(reward, kl)
 
@@ -141,7 +142,7 @@ def main() -> None:
         """What takes a direction to STEP_KL, by the Fisher of other rows; times the tokens of a sequence."""
         return (2 * STEP_KL / (direction @ independent.undamped(direction)).item()) ** 0.5 * tokens
 
-    print_gains(reward[USED], kl, price, fisher, step_of)
+    print_gains(reward[trainer.advantage.lam], kl, price, fisher, step_of)
 
 
 if __name__ == "__main__":

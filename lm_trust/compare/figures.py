@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from lm_trust.compare.figure_parts import (
     Line,
     RuleStyle,
@@ -27,6 +29,7 @@ from lm_trust.compare.figure_parts import (
     safe,
     spread,
 )
+from lm_trust.compare.statistics import bootstrap_mean
 from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
 
@@ -41,8 +44,10 @@ def frontier_figure(report: Line, styles: Styles) -> dict[str, Any]:
     data = _limit_traces(limit)
     if report.get("world") == "control":
         data += _run_points(report, styles)
-    for entry in report.get("frontier") or ():
-        data += _frontier_traces(entry, styles[entry["rule"]])
+    lines = {entry["rule"]: _frontier_traces(entry, styles[entry["rule"]]) for entry in report.get("frontier") or ()}
+    data += [trace for traces in lines.values() for trace in traces]
+    if report.get("world") == "control":
+        data += _lone_means(report, {rule: style for rule, style in styles.items() if not lines.get(rule)})
     kls = [place for trace in data for place in trace["x"]]
     farthest = max((place for place in kls if place is not None), default=0.0)  # what nobody reached would need room
     matched = sorted({row["kl"] for row in report.get("matched") or () if row["kl"] <= farthest})
@@ -56,7 +61,7 @@ def frontier_figure(report: Line, styles: Styles) -> dict[str, Any]:
     if len(report.get("seeds") or ()) < 2:
         caption[1] = "Lines: one seed, so no interval can be given, and no difference here is supported by one."
     if report.get("world") == "control":
-        caption.append("Faint marks: single runs.")
+        caption.append("Faint marks: single runs; marks with bars: the mean of a rule with one knob value.")
     if limit:
         caption.append(
             "Dotted: the tilted reference, the most that any policy can get for that KL; stars: best of n samples of "
@@ -124,6 +129,30 @@ def _run_points(report: Line, styles: Styles) -> list[Trace]:
                 "hovertemplate": "%{y:.4g} at %{x:.3g} nats<extra>%{text}</extra>",
                 "meta": {"rule": rule},
             })  # fmt: skip
+    return traces
+
+
+def _lone_means(report: Line, styles: Styles) -> list[Trace]:
+    """The mean over the seeds of each rule of a control comparison that has no line, having one knob value."""
+    traces = []
+    for rule, style in styles.items():
+        cells = [cell for cell in report.get("cells") or () if cell["rule"] == rule]
+        rows = [cell for cell in cells if known(cell.get("step_kl")) and known(cell.get("reward"))]
+        if len(rows) < 2 or len({cell["value"] for cell in rows}) > 1:
+            continue
+        kl = float(np.mean([cell["step_kl"] for cell in rows]))
+        reward, low, high = bootstrap_mean([cell["reward"] for cell in rows])
+        traces.append(
+            line(
+                [kl],
+                [reward],
+                style,
+                rule,
+                meta={"rule": rule},
+                error_y=error_bars([reward], [low], [high], style.colour),
+                hovertemplate=f"%{{y:.4g}} at %{{x:.3g}} nats{_interval_text(low, high)[0]}<extra>{safe(rule)}</extra>",
+            )
+        )
     return traces
 
 

@@ -63,10 +63,12 @@ def course_figures(report: Line, runs: Groups, styles: Styles) -> list[dict[str,
          "of the policy to the reference, on the training batches.", runs, "reference_kl"),
         ("step-kl", f"step KL, nats a {per}", "How far each update moved: exact KL of the old policy to the new, "
          "the mean over the batch; zero where an update was rejected.", runs, "step_kl"),
+        ("clip-fraction", "clipped share of the steps", "Of the rules that clip: the share of the steps whose ratio is "
+         "beyond the clip, so that they pull no more.", runs, "clip_fraction"),
     ]  # fmt: skip
     figures = []
     for name, label, caption, groups, key in drawn:
-        if name == "reference-kl" and not language:
+        if (name == "reference-kl" and not language) or (name == "clip-fraction" and not _any_has(key, groups)):
             continue
         data = [trace for (rule, value), members in groups.items() if rule in styles
                 for trace in _course(rule, value, members, key, styles[rule])]  # fmt: skip
@@ -79,8 +81,12 @@ def course_figures(report: Line, runs: Groups, styles: Styles) -> list[dict[str,
             layout(axis(""), axis(""), height=300),
         )
         axes = {"steps": report.get("steps_label") or "steps", "seconds": SECONDS}
-        figures.append(one | {"axes": axes, "floor": 0 if "KL" in label else None})
+        figures.append(one | {"axes": axes, "floor": None if key.startswith("reward") else 0})
     return figures
+
+
+def _any_has(key: str, groups: Groups) -> bool:
+    return any(known(row.get(key)) for runs in groups.values() for run in runs for row in run)
 
 
 def _evaluations(report: Line) -> Groups:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lm_trust.compare.config import Comparison
 from lm_trust.compare.report import PAGE, make_report, read_report, write_report
-from lm_trust.compare.running import check_unchanged, train_cells
+from lm_trust.compare.running import check_free, check_unchanged, train_cells
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder, json_text
@@ -26,15 +26,21 @@ def compare(comparison: Comparison) -> int:
         The exit status: 0; 1 where something failed; 130 or 143 after a signal.
 
     Raises:
-        UserError: the folder holds another comparison, or cannot be written.
+        UserError: the folder holds another comparison, is being written to, or cannot be written.
     """
+    check_unchanged(comparison.cells)
+    folder = RunFolder(comparison.output)
+    with folder.claimed():
+        check_free(comparison.cells)
+        return _compare(comparison, folder)
+
+
+def _compare(comparison: Comparison, folder: RunFolder) -> int:
     console = Console()
 
     def tell(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    check_unchanged(comparison.cells)
-    folder = RunFolder(comparison.output)
     status = train_cells(comparison.cells, comparison.config.jobs, tell)
     limit = one_update = None
     if not status:

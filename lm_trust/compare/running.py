@@ -49,6 +49,18 @@ def check_unchanged(cells: Sequence[Cell]) -> None:
             )
 
 
+def check_free(cells: Sequence[Cell]) -> None:
+    """No run of the comparison is under way, as where an earlier comparison was killed and its runs were not.
+
+    Raises:
+        UserError: one is, or was started by hand.
+    """
+    for cell in cells:
+        if cell.folder.is_dir() and not is_finished(cell.folder):
+            with RunFolder(cell.folder).claimed():
+                pass
+
+
 def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -> int:
     """Train what is not finished, `jobs` at a time; a run that was stopped goes on from its last checkpoint.
 

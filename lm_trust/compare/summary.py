@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lm_trust.compare.fresh_samples import clustered_mean
 from lm_trust.compare.frontier import Curve, reward_at
+from lm_trust.compare.statistics import bootstrap_mean
 from lm_trust.compare.words import nats_text, number_text
 
 Line = dict[str, Any]
+Interval = tuple[float, float] | None
 
 
 def summarise(report: Line, curves: Sequence[Curve]) -> list[str]:
@@ -25,6 +27,7 @@ def summarise(report: Line, curves: Sequence[Curve]) -> list[str]:
     return [
         *_runs(report),
         *(sentence for kl in _matched_kls(report) for sentence in _at_kl(report, curves, kl, of)),
+        *_finals(report),
         *_bounds(report),
         *_costs(report),
         *_one_update(report),
@@ -57,25 +60,58 @@ def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[st
     place = f"At {nats_text(kl)} of {of}"
     if not rows:
         return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
+    sentences = _ranking(place, rows, lambda best, row: paired_difference(curves, kl, best, row))
+    return sentences + _share_of_limit(report, rows[0])
+
+
+def _finals(report: Line) -> list[str]:
+    """How the rules end, where they are compared at no KL and have one knob value each."""
+    if report["matched"] or any(len(rule["values"]) > 1 for rule in report["rules"]):
+        return []
+    rewards: dict[str, dict[int, float]] = {}
+    for cell in report["cells"]:
+        if cell.get("reward") is not None:
+            rewards.setdefault(cell["rule"], {})[cell["seed"]] = cell["reward"]
+    rows = []
+    for rule, of_seeds in rewards.items():
+        mean, low, high = bootstrap_mean(list(of_seeds.values()))
+        rows.append({"rule": rule, "mean": mean, "low": low, "high": high})
+    rows.sort(key=lambda row: -row["mean"])
+
+    def difference(best: Line, row: Line) -> Interval:
+        return _paired(rewards[best["rule"]], rewards[row["rule"]])
+
+    return _ranking("At the end", rows, difference) if len(rows) > 1 else []
+
+
+def _ranking(place: str, rows: Sequence[Line], difference: Callable[[Line, Line], Interval]) -> list[str]:
+    """Which rule has the highest mean, and whose lead is supported; `rows` are not empty, the highest first.
+
+    Args:
+        place: where that is, as a sentence begins.
+        rows: rule, mean, low, high.
+        difference: the interval of the first row's lead over another; None: there is none.
+    """
     best = rows[0]
     level = [row["rule"] for row in rows if row["mean"] == best["mean"]]
     others = [row for row in rows if row["rule"] not in level]
     if len(level) == 1:
-        it, sentences = "it", [f"{place} {best['rule']} has the highest mean reward, {_estimate(best)}."]
+        it, its = "it", "its"
+        sentences = [f"{place} {best['rule']} has the highest mean reward, {_estimate(best)}."]
     else:
-        it, sentences = best["rule"], [f"{place} {_list(level)} share the highest mean reward, {_estimate(best)}."]
-    intervals = {row["rule"]: paired_difference(curves, kl, best, row) for row in others}
+        it, its = best["rule"], f"{best['rule']}'s"
+        sentences = [f"{place} {_list(level)} share the highest mean reward, {_estimate(best)}."]
+    intervals = {row["rule"]: difference(best, row) for row in others}
     unknown = [rule for rule, interval in intervals.items() if interval is None]
     ahead = [rule for rule, interval in intervals.items() if interval is not None and interval[0] > 0]
     within = [rule for rule in intervals if rule not in (*unknown, *ahead)]
     if ahead:
         sentences.append(f"There {it} is ahead of {_list(ahead)}: the 95 % interval of the difference is above zero.")
     if within:
-        lead = "its lead" if it == "it" else f"{it}'s lead"
-        sentences.append(f"There {lead} over {_list(within)} is not supported: the interval of it holds zero.")
+        sentences.append(f"There {its} lead over {_list(within)} is not supported: the interval of it holds zero.")
     if unknown:
         sentences.append(f"One seed is not enough to say whether {it} is ahead of {_list(unknown)}.")
-    return sentences + _share_of_limit(report, best)
+    return sentences
 
 
 def _share_of_limit(report: Line, best: Line) -> list[str]:
@@ -94,7 +130,7 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     return [f"The most that {nats_text(best['kl'])} can buy is estimated at {gain}{bought}."]
 
 
-def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line) -> tuple[float, float] | None:
+def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line) -> Interval:
     """95 % t interval of the difference in reward of two rules at a KL, over the seeds that both have.
 
     Runs of one seed share their start, prompts and noise, so that their difference is what is observed.
@@ -111,10 +147,15 @@ def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line
     for row in (one, other):
         of_rule = [curve for curve in curves if curve.rule == row["rule"] and curve.value in (row["value"], None)]
         rewards.append({curve.seed: reward_at(curve, kl) for curve in of_rule})
-    shared = sorted(seed for seed in rewards[0] if rewards[0][seed] is not None and rewards[1].get(seed) is not None)
+    return _paired(*rewards)
+
+
+def _paired(one: Mapping[int, float | None], other: Mapping[int, float | None]) -> Interval:
+    """Of the difference of two rules' rewards by seed."""
+    shared = sorted(seed for seed in one if one[seed] is not None and other.get(seed) is not None)
     if len(shared) < 2:
         return None
-    difference = clustered_mean([rewards[0][seed] - rewards[1][seed] for seed in shared], shared)
+    difference = clustered_mean([one[seed] - other[seed] for seed in shared], shared)
     return difference.low, difference.high
 
 

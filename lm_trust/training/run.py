@@ -52,19 +52,20 @@ def train(config: Config, output: Path, resume: Path | None = None) -> int:
     check_wrappers(config)
     join_processes()
     try:
+        folder = RunFolder(output)
         if process_index() == 0:
-            return _train(config, output, resume)
+            with folder.claimed():
+                return _train(config, folder, resume)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            return _train(config, output, resume)
+            return _train(config, folder, resume)
     finally:
         leave_processes()
 
 
-def _train(config: Config, output: Path, resume: Path | None) -> int:
+def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
     console = Console()
     # Determinism is worth more than the speed of kernels that may change from run to run.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    folder = RunFolder(output)
     world = build_world(config)
     trainer = world.trainer
     first = process_index() == 0

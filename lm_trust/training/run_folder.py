@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lm_trust.errors import UserError
@@ -49,6 +50,26 @@ class RunFolder:
     def completions(self, iteration: int) -> Path:
         """Where the table of an iteration's completions lies."""
         return self.path / "completions" / f"iteration-{iteration:08d}.parquet"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within the context no other process can claim the folder; the system frees it when this one dies.
+
+        Raises:
+            UserError: another process has claimed it.
+        """
+        lock = FileLock(self.path / ".lock")
+        with self.writing(".lock"):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError(
+                    f"output: another process is writing to {self.path}; wait for it to end, or choose another --output"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:

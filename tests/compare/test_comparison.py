@@ -15,6 +15,7 @@ from lm_trust.compare.config import load_comparison
 from lm_trust.compare.results import read_cell
 from lm_trust.compare.running import train_cells
 from lm_trust.errors import UserError
+from lm_trust.training.run_folder import RunFolder
 
 BASE = """
 seed: 0
@@ -150,6 +151,17 @@ def test_a_comparison_from_its_file_to_its_page(files, capsys, monkeypatch):
         == 2
     )
     assert "holds a run with total_steps 160, which is 80 here" in capsys.readouterr().err
+
+
+def test_what_another_process_writes_to_is_left_alone(files, capsys):
+    """Of a comparison that was killed a run may go on, its folder like that of a failed one."""
+    cell = load(files).cells[0].folder
+    for taken in (files / "out", cell):
+        with RunFolder(taken).claimed():
+            (taken / "metrics.jsonl").write_text("")
+            assert compare(files) == 2
+            assert f"another process is writing to {taken}" in " ".join(capsys.readouterr().err.split())
+            assert (taken / "metrics.jsonl").exists() and not (files / "out/report.html").exists()
 
 
 def test_the_page_alone_needs_a_report(files, capsys):

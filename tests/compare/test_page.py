@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
+import pyarrow
 import pytest
 from synthetic_report import NASTY, RULES, SEEDS, synthetic_report
 
@@ -79,8 +80,8 @@ def control_page(tmp_path_factory):
 
 
 def test_figures_of_both_worlds(page, control_page):
-    shared = {"frontier", "course-heldout", "course-reward", "course-step-kl", "bound", "predicted", "cost-seconds",
-              "cost-gradients"}  # fmt: skip
+    shared = {"frontier", "course-heldout", "course-reward", "course-step-kl", "course-clip-fraction", "bound",
+              "predicted", "cost-seconds", "cost-gradients"}  # fmt: skip
     only_language = {"course-reference-kl", "study-step", "study-fresh", "study-improvement"}
     assert set(control_page.figures) == {f"figure-{name}" for name in shared}
     assert set(page.figures) == {f"figure-{name}" for name in shared | only_language}
@@ -202,6 +203,29 @@ def test_frontier_with_its_limit(page, language):
     assert stars["y"][place] == pytest.approx(point["reward"], rel=1e-4)
     assert stars["error_y"]["array"][place] == pytest.approx(point["high"] - point["reward"], rel=1e-3)
     assert stars["error_x"]["arrayminus"][place] == pytest.approx(point["kl"] - point["kl_low"], rel=1e-3)
+
+
+def test_the_clipped_share_is_drawn_of_the_rules_that_clip(page, control_page, tmp_path):
+    for one in (page, control_page):
+        traces = one.figures["figure-course-clip-fraction"]["data"]
+        assert {trace["meta"]["rule"] for trace in traces} == {"ppo_clip"}
+    report, rows = synthetic_report()
+    nothing = rows.set_column(
+        rows.column_names.index("clip_fraction"), "clip_fraction", pyarrow.nulls(len(rows), pyarrow.float64())
+    )
+    assert "figure-course-clip-fraction" not in make(report, nothing, tmp_path).figures
+
+
+def test_a_control_rule_with_one_value_is_drawn_as_its_mean(tmp_path):
+    report, rows = synthetic_report("control")
+    report["frontier"] = [entry for entry in report["frontier"] if entry["rule"] != "ppo_penalty"]
+    figure = make(report, rows, tmp_path).figures["figure-frontier"]
+    cells = [cell for cell in report["cells"] if cell["rule"] == "ppo_penalty"]
+    (mean,) = [one for one in figure["data"] if one["meta"]["rule"] == "ppo_penalty" and "error_y" in one]
+    rewards = [cell["reward"] for cell in cells]
+    assert mean["y"] == [pytest.approx(sum(rewards) / len(rewards), rel=1e-3)]
+    assert mean["x"] == [pytest.approx(sum(cell["step_kl"] for cell in cells) / len(cells), rel=1e-3)]
+    assert mean["error_y"]["array"] == [pytest.approx(max(rewards) - mean["y"][0], rel=2e-2)]  # three seeds at most
 
 
 def test_a_kl_that_nobody_reached_takes_no_room(language, tmp_path):

@@ -17,7 +17,7 @@ def report_of(curves, **more):
     cell = {"status": "finished", "iterations": 10, "gradients": 20.0, "update_seconds": 5.0, "step_kl": 0.01}
     report = {
         "world": "language",
-        "rules": [{"name": rule, "bounded": rule == "trpo"} for rule in rules],
+        "rules": [{"name": rule, "bounded": rule == "trpo", "values": [1.0]} for rule in rules],
         "seeds": sorted({one.seed for one in curves}),
         "cells": [cell | {"rule": one.rule, "violations": 0.0, "step_kl_mean_max": 0.03} for one in curves],
         "same_start": {"checked": len(curves), "equal": True},
@@ -59,6 +59,20 @@ def test_one_seed_has_no_interval():
     text = " ".join(summarise(report_of(curves), curves))
     assert "One seed is not enough to say whether it is ahead of b." in text
     assert "interval" not in text
+
+
+def test_rules_that_are_matched_nowhere_are_compared_at_their_end():
+    curves = [curve(rule, seed, 0.5) for rule in ("plain", "clipped", "long") for seed in range(3)]
+    report = report_of(curves, matched=[])
+    rewards = {"plain": (0.5, 0.6, 0.7), "clipped": (0.4, 0.51, 0.61), "long": (0.2, 0.9, 0.5)}
+    for cell, one in zip(report["cells"], curves, strict=True):
+        cell.update(seed=one.seed, reward=rewards[one.rule][one.seed])
+    report["rules"] = [rule | {"values": []} for rule in report["rules"]]
+    text = " ".join(summarise(report, curves))
+    assert "At the end plain has the highest mean reward, 0.6 [0.5, 0.7]." in text
+    assert "ahead of clipped:" in text and "its lead over long is not supported" in text
+    report["rules"][0]["values"] = [0.1, 0.2]
+    assert "At the end" not in " ".join(summarise(report, curves))
 
 
 def test_the_difference_is_that_of_a_paired_t_test():
