@@ -37,6 +37,8 @@ def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> 
     """
     order = torch.randperm(placed.total, generator=generator)
     chunks = list(row_chunks(placed.total, -(-placed.total // minibatches)))
+    if placed.count == placed.total:
+        return order, [Part(chunk, chunk.stop - chunk.start) for chunk in chunks]
     own = [placed.own(order[chunk]) for chunk in chunks]
     parts, start = [], 0
     for rows, chunk in zip(own, chunks, strict=True):
