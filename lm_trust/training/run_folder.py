@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ class RunFolder:
         try:
             yield
         finally:
+            # While it is held, so that no file is left behind; whoever has opened it meanwhile is told to try again.
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
             lock.release()
 
     @contextmanager

@@ -61,3 +61,4 @@ def test_a_claim_ends_with_its_context(tmp_path):
     for _ in range(2):
         with folder.claimed(), pytest.raises(UserError, match="another process"), RunFolder(tmp_path).claimed():
             pass
+        assert not list(tmp_path.iterdir())
