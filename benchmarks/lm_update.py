@@ -263,14 +263,14 @@ def print_gains(found: Sequence[dict[Solved, float]], costs: dict[str, Cost]) ->
         f"gain at equal exact KL, of 10 plain iterations on all rows, mean of {len(found)} batches (least to most) / "
         "Fisher work in gradients"
     )
-    print(f"  {'preconditioned':14} {'rows':>5}" + "".join(f"{f'{count} iterations':>27}" for count in ITERATIONS))
+    print(f"  {'preconditioned':14} {'rows':>5}" + "".join(f"{f'{count} iterations':>28}" for count in ITERATIONS))
     for preconditioned, fraction in itertools.product((False, True), FRACTIONS):
         cells = []
         for iterations in ITERATIONS:
             how, work = Solved(preconditioned, fraction, iterations), fraction * iterations * product
             shares = [gains[how] / gains[full] for gains in found]
             spread = f"({min(shares):.0%} to {max(shares):.0%})"
-            cells.append(f"{f'{statistics.mean(shares):.1%} {spread} /{work:5.2f}':>27}")
+            cells.append(f"{f'{statistics.mean(shares):.1%} {spread} /{work:5.2f}':>28}")
         print(f"  {'yes' if preconditioned else 'no':14} {fraction:>5.2f}" + "".join(cells), flush=True)
 
 
