@@ -59,6 +59,7 @@ def _serve(pipe):
     while (work := pipe.recv()) is not None:
         function, given, rank, count, store = work
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+        dist.barrier()  # work that fails at once would leave the group while others are still joining it
         try:
             reply = (function(*given), None)
         except Exception:

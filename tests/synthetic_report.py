@@ -107,7 +107,7 @@ def _run(place, bounded, skill, random, iterations, language):
             "step_kl_max": 9 * step_kl, "bound": value if bounded else None, "accepted": accepted,
             "surrogate_gain": 0.04 * math.sqrt(step_kl / 0.01) + random.normal(0, 0.004),
             "predicted_gain": predicted, "entropy": 2.0,
-            "clip_fraction": 10 * step_kl if rule == "ppo_clip" else None, "rollout_seconds": 8.0,
+            "clip_fraction": 10 * step_kl if rule in ("ppo_clip", "ppo_trust") else None, "rollout_seconds": 8.0,
             "update_seconds": cost * random.uniform(0.5, 0.6),
         })  # fmt: skip
         if iteration % 4 == 0:

@@ -208,7 +208,7 @@ def test_frontier_with_its_limit(page, language):
 def test_the_clipped_share_is_drawn_of_the_rules_that_clip(page, control_page, tmp_path):
     for one in (page, control_page):
         traces = one.figures["figure-course-clip-fraction"]["data"]
-        assert {trace["meta"]["rule"] for trace in traces} == {"ppo_clip"}
+        assert {trace["meta"]["rule"] for trace in traces} == {"ppo_clip", "ppo_trust"}
     report, rows = synthetic_report()
     nothing = rows.set_column(
         rows.column_names.index("clip_fraction"), "clip_fraction", pyarrow.nulls(len(rows), pyarrow.float64())

@@ -80,7 +80,7 @@ def language(tmp_path_factory):
 def test_every_figure_is_drawn_and_nothing_complained_of(language):
     dom, console = language
     assert console == []
-    assert len(dom.plots) == 12 and dom.drawn == set(dom.plots)
+    assert len(dom.plots) == 13 and dom.drawn == set(dom.plots)
     assert all(any("trace" in one.split() for one in classes) for classes in dom.plots.values())
 
 
@@ -119,5 +119,5 @@ def test_control(tmp_path):
     write_page(*synthetic_report("control"), tmp_path / "report.html")
     dom, console = browse(tmp_path / "report.html", tmp_path / "profile")
     assert console == []
-    assert len(dom.plots) == 8 and dom.drawn == set(dom.plots) and not dom.cards
+    assert len(dom.plots) == 9 and dom.drawn == set(dom.plots) and not dom.cards
     assert "environment steps" in dom.words["figure-course-reward"]
