@@ -68,8 +68,8 @@ def gradients_of_a_batch(trainer: Trainer) -> Gradients:
 
     by_lambda = {}
     for lam in sorted({*LAMBDAS, trainer.advantage.lam}):
-        ends = rollout.terminated, rollout.truncated
-        advantages, _ = gae(experience.scores["reward"], values, next_values, *ends, gamma=1.0, lam=lam)
+        ends, gamma = (rollout.terminated, rollout.truncated), trainer.advantage.gamma
+        advantages, _ = gae(experience.scores["reward"], values, next_values, *ends, gamma=gamma, lam=lam)
         by_lambda[lam] = gradient(log_prob * advantages)
     return Gradients(by_lambda, gradient(kl))
 

@@ -324,7 +324,8 @@ def measure(given: argparse.Namespace) -> Iterator[None]:
                     del policy, batch
                     policy, batches = sentiment_batches(shape, given.batches)
                 else:
-                    batches = [make_batch(policy, shape, WARM_UP_STEPS + number) for number in range(given.batches)]
+                    seeds = range(WARM_UP_STEPS + 1, WARM_UP_STEPS + given.batches)
+                    batches = [batch, *(make_batch(policy, shape, seed) for seed in seeds)]
                 print_gains([gains(policy, batch, given.microbatch) for batch in batches], costs)
             yield
 

@@ -116,8 +116,7 @@ def _run_points(report: Line, styles: Styles) -> list[Trace]:
     """Every run of a control comparison by itself, faint."""
     traces = []
     for rule, style in styles.items():
-        cells = [cell for cell in report.get("cells") or () if cell["rule"] == rule]
-        rows = [cell for cell in cells if known(cell.get("step_kl")) and known(cell.get("reward"))]
+        rows = _measured_cells(report, rule)
         if rows:
             traces.append({
                 "type": "scatter",
@@ -132,12 +131,16 @@ def _run_points(report: Line, styles: Styles) -> list[Trace]:
     return traces
 
 
+def _measured_cells(report: Line, rule: str) -> list[Line]:
+    cells = [cell for cell in report.get("cells") or () if cell["rule"] == rule]
+    return [cell for cell in cells if known(cell.get("step_kl")) and known(cell.get("reward"))]
+
+
 def _lone_means(report: Line, styles: Styles) -> list[Trace]:
     """The mean over the seeds of each rule of a control comparison that has no line, having one knob value."""
     traces = []
     for rule, style in styles.items():
-        cells = [cell for cell in report.get("cells") or () if cell["rule"] == rule]
-        rows = [cell for cell in cells if known(cell.get("step_kl")) and known(cell.get("reward"))]
+        rows = _measured_cells(report, rule)
         if len(rows) < 2 or len({cell["value"] for cell in rows}) > 1:
             continue
         kl = float(np.mean([cell["step_kl"] for cell in rows]))

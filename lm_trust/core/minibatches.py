@@ -37,11 +37,11 @@ def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> 
     """
     order = torch.randperm(placed.total, generator=generator)
     chunks = list(row_chunks(placed.total, -(-placed.total // minibatches)))
-    if placed.count == placed.total:
+    if placed.count == placed.total:  # each selection would be of all
         return order, [Part(chunk, chunk.stop - chunk.start) for chunk in chunks]
     own = [placed.own(order[chunk]) for chunk in chunks]
     parts, start = [], 0
     for rows, chunk in zip(own, chunks, strict=True):
         parts.append(Part(slice(start, start + len(rows)), chunk.stop - chunk.start))
         start += len(rows)
-    return torch.cat(own) if own else order, parts
+    return torch.cat(own), parts

@@ -86,7 +86,7 @@ def test_every_rule_runs_with_every_value_and_seed_and_differs_in_nothing_else(f
         ([("one_update.values.ppo", "[1.0]")], "there is no rule of this name"),
         (
             [("one_update.iterations_before", "4")],
-            "iterations_before: must be less than the 4 iterations of",
+            "one_update.iterations_before: must be less than the 4 iterations of a run, got 4",
         ),
         ([("rules.trpo.also", "{critic: {clip: 0.2}}")], "one_update: needs rules that differ in their update"),
         ([("rules.trpo.also", "{update: {}}")], "the update section stands in update"),

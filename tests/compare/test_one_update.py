@@ -305,8 +305,11 @@ def test_what_cannot_be_compared_is_refused():
 def test_a_rollout_with_a_number_that_is_not_finite_is_named(monkeypatch):
     estimate = "lm_trust.training.trainer.estimate_advantages"
     monkeypatch.setattr(estimate, lambda config, rollout, rewards, *values: (rewards * math.nan, rewards))
+    closed = []
+    monkeypatch.setattr("lm_trust.control.rollout.ControlTask.close", lambda task: closed.append(task))
     with pytest.raises(UserError, match=r"one_update: .*the advantage is nan at step 0 of environment 0"):
         one_update_study([control("trpo")], iterations_before=0, evaluations=2)
+    assert len(closed) == 1
 
 
 def test_single_values_have_student_s_interval_and_equal_clusters_that_of_their_means():

@@ -5,21 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from killed_runs import CONTROL, write_config
 
 from lm_trust.cli import main
 from lm_trust.errors import UserError
 from lm_trust.training.run_folder import RunFolder
 
-CONFIG = """
-total_steps: 40
-environment: {id: CartPole-v1, count: 2}
-policy: {hidden: [8]}
-rollout: {steps: 10}
-critic: {hidden: [8], minibatches: 2}
-update: {kind: trpo, max_kl: 0.01}
-evaluation: {every: 0, count: 2}
-trackers: []
-"""
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -43,8 +34,7 @@ def held(tmp_path):
 
 def test_a_run_does_not_write_where_another_does(held, tmp_path, capsys):
     folder, holder = held
-    config = tmp_path / "run.yaml"
-    config.write_text(CONFIG)
+    config = write_config(tmp_path, "run", CONTROL, total_steps=64)
     assert main(["train", str(config), "--output", str(folder)]) == 2
     assert f"output: another process is writing to {folder}" in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in folder.iterdir()] == [".lock"]
@@ -52,7 +42,7 @@ def test_a_run_does_not_write_where_another_does(held, tmp_path, capsys):
     holder.send_signal(signal.SIGKILL)  # what it held is free, without anybody cleaning up
     holder.wait()
     assert main(["train", str(config), "--output", str(folder)]) == 0
-    assert main(["train", "--resume", str(folder), "--total_steps", "60"]) == 0
+    assert main(["train", "--resume", str(folder), "--total_steps", "96"]) == 0
     assert len(RunFolder(folder).metrics()) == 3
 
 
