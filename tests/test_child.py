@@ -25,6 +25,14 @@ class Target:
         self.calls += 1
         return one + other, self.calls, os.getpid()
 
+    def count(self):
+        self.calls += 1
+        if self.calls == 3:
+            raise UserError("three")
+
+    def called(self):
+        return self.calls
+
     def refuse(self):
         raise UserError("no")
 
@@ -49,6 +57,22 @@ def test_calls_are_made_elsewhere_on_one_object(child):
     first, second = child.call("add", 1, 2), child.call("add", "a", "b")
     assert first[:2] == (3, 1) and second[:2] == ("ab", 2)
     assert first[2] == second[2] != os.getpid()
+
+
+def test_calls_that_have_nothing_to_say_are_made_all_the_same(child):
+    outcomes = []
+    for _ in range(5):
+        try:
+            outcomes.append(child.call("count"))
+        except UserError as error:
+            outcomes.append(str(error))
+    assert outcomes == [None, None, "three", None, None] and child.call("called") == 5
+    assert child.call("count") is None and child.call("called") == 6
+
+
+def test_messages_longer_than_a_pipe_holds_go_both_ways(child):
+    long = "x" * 3_000_000
+    assert child.call("add", long, "y")[0] == long + "y"
 
 
 def test_a_call_goes_on_while_this_process_does_something_else(child):

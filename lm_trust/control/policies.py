@@ -50,6 +50,9 @@ class MLPPolicy(nn.Module):
         normaliser: applied to every observation; a submodule, so its statistics travel with the policy.
         generator: draws the initial weights; None draws them from a generator seeded with 0.
 
+    Attributes:
+        sizes: of a multi-discrete action, how many each dimension chooses from; None of another kind.
+
     Raises:
         UserError: an unknown activation.
     """
@@ -70,7 +73,7 @@ class MLPPolicy(nn.Module):
         # A small last layer starts the policy near uniform, whatever the observations' scale.
         sizes = [observation_size, *hidden, action_space.size]
         self.body = MLP(sizes, activation, last_gain=0.01, generator=generator)
-        self._sizes = action_space.sizes
+        self.sizes = action_space.sizes
         self.log_std: nn.Parameter | None = None
         if action_space.kind == "continuous":
             self.log_std = nn.Parameter(torch.full((action_space.size,), float(log_std)))
@@ -102,7 +105,7 @@ class MLPPolicy(nn.Module):
     def _on(self, output: Tensor, log_std: Tensor | None) -> Categorical | MultiCategorical | DiagonalGaussian:
         if log_std is not None:
             return DiagonalGaussian(output, log_std)
-        return Categorical(output) if self._sizes is None else MultiCategorical(output, self._sizes)
+        return Categorical(output) if self.sizes is None else MultiCategorical(output, self.sizes)
 
 
 class ValueNetwork(nn.Module):
@@ -182,6 +185,7 @@ class MLP(nn.Module):
             nn.init.orthogonal_(layer.weight, gain=gain, generator=generator)
             nn.init.zeros_(layer.bias)
         self.hidden, self.last = nn.ModuleList(hidden), last
+        self.activation = activation
         self._activate, self._through_activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_trust.control.acting import sampler
 from lm_trust.control.evaluation import Episode, Remembering, evaluate_policy
 from lm_trust.control.normaliser import RewardNormaliser
 from lm_trust.control.vector import Environments
@@ -90,13 +91,13 @@ class ControlTask:
         environments, count, steps = self.environments, self.environments.count, self.rollout_steps
         observations = np.empty((steps + 1, count, environments.observation_size), np.float32)
         observations[0] = environments.observations
-        actions: np.ndarray | None = None
+        draw, actions = sampler(policy, generator), None
         rewards = np.empty((steps, count))
         terminated, truncated, valid = (np.empty((steps, count), bool) for _ in range(3))
         finals: list[tuple[int, int, np.ndarray]] = []
         ended: list[tuple[int, float, int]] = []
         for step in range(steps):
-            chosen = policy.distribution(torch.from_numpy(observations[step])).sample(generator).numpy()
+            chosen = draw(observations[step])
             if actions is None:
                 actions = np.empty((steps, *chosen.shape), chosen.dtype)
             actions[step] = chosen
