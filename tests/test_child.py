@@ -76,6 +76,7 @@ def test_messages_longer_than_a_pipe_holds_go_both_ways(child):
 
 
 def test_a_call_goes_on_while_this_process_does_something_else(child):
+    child.call("called")  # it is there
     started = time.perf_counter()
     child.start("sleep", 0.4)
     time.sleep(0.4)
