@@ -40,6 +40,17 @@ class Linearisation(NamedTuple):
     pullback: Pullback
 
 
+def knows_its_derivative(module: nn.Module, function: str = "distribution") -> bool:
+    """Whether its method `linearised` speaks of this function: not if a derived class has replaced the function alone.
+
+    Args:
+        module: a policy, or a network.
+        function: what would be differentiated; of a network "forward".
+    """
+    first = next((each for each in type(module).__mro__ if {"linearised", function} & vars(each).keys()), object)
+    return "linearised" in vars(first)
+
+
 def output_with_pullback(network: nn.Module, inputs: Any) -> tuple[Tensor, Pullback]:
     """The network's output, without graph, and its pullback.
 
@@ -51,7 +62,7 @@ def output_with_pullback(network: nn.Module, inputs: Any) -> tuple[Tensor, Pullb
         The output (...), and the function from a cotangent (...) to the gradients of the sum of output * cotangent, one
         for each of the network's parameters, in module order (of frozen ones it may be None). It can be called once.
     """
-    if hasattr(network, "linearised"):
+    if knows_its_derivative(network, "forward"):
         output, _, pullback = network.linearised(inputs)
         return output, pullback
     with torch.enable_grad():
@@ -66,7 +77,7 @@ def distribution_with_pullback(policy: nn.Module, observations: Any) -> tuple[Di
         The distribution, and the function from cotangents (one for each of `distribution.parameters`) to the gradients
         of the policy's parameters, as above.
     """
-    if hasattr(policy, "linearised"):
+    if knows_its_derivative(policy):
         distribution, _, pullback = policy.linearised(observations)
         return distribution, pullback
     with torch.enable_grad():
@@ -79,7 +90,7 @@ def linearised(policy: nn.Module, observations: Any) -> Linearisation:
 
     Where all of a policy's parameters are trained and it knows its own derivative, from there; by autograd otherwise.
     """
-    if hasattr(policy, "linearised") and all(parameter.requires_grad for parameter in policy.parameters()):
+    if knows_its_derivative(policy) and all(parameter.requires_grad for parameter in policy.parameters()):
         return policy.linearised(observations)
     return linearised_by_autograd(policy, observations)
 

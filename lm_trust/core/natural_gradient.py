@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lm_trust.core.batch import spread_rows
 from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_gradient
 from lm_trust.core.fisher import FisherOperator
+from lm_trust.core.linearisation import knows_its_derivative
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.passes import is_sharded
 from lm_trust.core.preconditioner import Preconditioner, gradient_preconditioner
@@ -129,7 +130,7 @@ def _can_share(policy: nn.Module, fisher_method: str, rows: int, microbatch_size
     """
     return (
         fisher_method in ("auto", "gauss_newton")
-        and not hasattr(policy, "linearised")
+        and not knows_its_derivative(policy)
         and not is_sharded(policy)
         and getattr(policy, "autocast", None) is None
         and 0 < rows <= (microbatch_size or rows)

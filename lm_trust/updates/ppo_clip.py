@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution, kl_estimators
-from lm_trust.core.linearisation import distribution_with_pullback, set_gradients
+from lm_trust.core.linearisation import distribution_with_pullback, knows_its_derivative, set_gradients
 from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import clipped_surrogate, clipped_surrogate_slope
@@ -68,7 +68,7 @@ class PPOClip:
         """Move the policy in place; `max_kl` and `needs_gain` as for `MinibatchAdam.step`."""
         entropy = self.entropy * (1 - batch.progress) if self.anneal_entropy else self.entropy
         # A policy that knows its own derivative needs no autograd, as long as the objective is the surrogate alone.
-        plain = hasattr(policy, "linearised") and not entropy and not self._reference.weighs
+        plain = knows_its_derivative(policy) and not entropy and not self._reference.weighs
         parameters = list(policy.parameters())
         clipped: list[float] = []
 

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from lm_trust.control import ActionSpace, MLPPolicy, ObservationNormaliser, RewardNormaliser, value_network
 from lm_trust.control.policies import ACTIVATIONS
 from lm_trust.core import Categorical, DiagonalGaussian, FisherOperator, MultiCategorical
+from lm_trust.core.linearisation import distribution_with_pullback
 from lm_trust.errors import UserError
 
 DISCRETE = ActionSpace("discrete", 3)
@@ -267,6 +268,33 @@ def test_the_fisher_product_of_the_policys_own_derivative_is_that_of_the_kl_hess
         for method in ("gauss_newton", "kl_hessian")
     ]
     assert torch.allclose(*products, atol=1e-10) and products[0].any()
+
+
+class Masked(MLPPolicy):
+    """A user's own: the last action is never allowed."""
+
+    def distribution(self, observations):
+        logits = super().distribution(observations).logits
+        return Categorical(logits.masked_fill(torch.arange(logits.shape[-1]) == logits.shape[-1] - 1, -torch.inf))
+
+
+def test_a_derived_policy_with_another_distribution_is_differentiated_as_that_one():
+    policy = Masked(4, DISCRETE, hidden=(8, 6), generator=generator(3)).double()
+    x = torch.randn(60, 4, generator=generator(), dtype=torch.float64)
+    parameters = list(policy.parameters())
+    distribution, pullback = distribution_with_pullback(policy, x)
+    cotangent = torch.randn(60, 3, generator=generator(7), dtype=torch.float64)
+    expected = torch.autograd.grad(policy.distribution(x).logits, parameters, cotangent)
+    assert (distribution.log_probs[:, 2] == -torch.inf).all()
+    for ours, theirs in zip(pullback(cotangent), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    # The Fisher of one step with two actions is p (1 - p) g g', g the slope of the log-odds.
+    row, vector = x[:1], torch.randn(sum(p.numel() for p in parameters), generator=generator(4), dtype=torch.float64)
+    logits = policy.distribution(row).logits[0]
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(logits[0] - logits[1], parameters)])
+    chance = torch.sigmoid(logits[0] - logits[1]).detach()
+    product = FisherOperator(policy, row, damping=0.0)(vector)
+    assert torch.allclose(product, chance * (1 - chance) * slope * (slope @ vector), atol=1e-12) and product.any()
 
 
 def random_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:
