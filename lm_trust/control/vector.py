@@ -115,15 +115,15 @@ class Environments:
         self._log[self._cursor] = given
         self._cursor += 1
 
+        shares = self._shares if rows is None else []
+        for share in shares:
+            share.start(given)
         encode = self._encode
         observations = self.observations.copy()
         rewards = np.zeros(self.count)
         terminated, truncated = np.zeros(self.count, bool), np.zeros(self.count, bool)
         valid = np.zeros(self.count, bool)
         valid[slice(None) if rows is None else list(rows)] = True
-        shares = self._shares if rows is None else []
-        for share in shares:
-            share.start(given)
         for row in self._here if rows is None else rows:
             observation, rewards[row], terminated[row], truncated[row], _ = self._step_functions[row](given[row])
             observations[row] = observation if encode is None else encode(observation)
