@@ -16,7 +16,8 @@ from unittest import mock
 
 from torch import nn
 
-from lm_trust.core import distributions, trust_region
+from lm_trust.control import rollout as rollout_module
+from lm_trust.core import trust_region
 from lm_trust.core.batch import Batch
 from lm_trust.core.fisher import FisherOperator
 from lm_trust.core.objective import SurrogateObjective
@@ -78,9 +79,6 @@ def timers(trainer: Trainer) -> Iterator[Stopwatch]:
         (trainer, "iterate", REST, None),
         (task, "collect", SAMPLING, None),
         (task.environments, "step", ENVIRONMENT, None),
-        (trainer.policy, "distribution", POLICY, SAMPLING),
-        (distributions.Categorical, "sample", POLICY, SAMPLING),
-        (distributions.DiagonalGaussian, "sample", POLICY, SAMPLING),
         (trainer.policy, "distribution", OLD, REST),
         (trainer, "_score", OLD, REST),
         (trainer.critic, "values", VALUES, None),
@@ -98,6 +96,11 @@ def timers(trainer: Trainer) -> Iterator[Stopwatch]:
         for owner, name, part, within in points:
             wrapper = watch.timed(getattr(owner, name), part, within)
             stack.enter_context(mock.patch.object(owner, name, wrapper))
+        sampler = rollout_module.sampler
+        timed_sampler = mock.patch.object(
+            rollout_module, "sampler", lambda *given: watch.timed(sampler(*given), POLICY)
+        )
+        stack.enter_context(timed_sampler)
         yield watch
 
 

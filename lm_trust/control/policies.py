@@ -22,14 +22,17 @@ from lm_trust.core.linearisation import Linearisation
 from lm_trust.errors import UserError
 
 
+_MINUS_ONE = torch.tensor(-1.0)
+
+
 def _tanh(x: Tensor) -> Tensor:
-    # On many rows torch's sigmoid takes a fifth of the time of its tanh (CPU, float32).
-    return torch.tanh(x) if x.numel() < 2048 else 2 * torch.sigmoid(2 * x) - 1
+    # 2 sigmoid(2 x) - 1: on many rows torch's sigmoid takes a fifth of the time of its tanh (CPU, float32).
+    return torch.tanh(x) if x.numel() < 8192 else torch.add(_MINUS_ONE, (2 * x).sigmoid_(), alpha=2)
 
 
 # Of each activation: the function, and a tangent or cotangent g taken through it, given its value y.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "tanh": (_tanh, lambda g, y: torch.addcmul(g, g * y, y, value=-1)),
+    "tanh": (_tanh, torch.ops.aten.tanh_backward),
     "relu": (functional.relu, lambda g, y: g * (y > 0)),
 }
 
