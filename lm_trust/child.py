@@ -48,7 +48,7 @@ class Child:
         fresh: a new interpreter in the place of a fork, to which the target is sent; it shares nothing with this one.
 
     Raises:
-        UserError: this platform cannot fork.
+        UserError: this platform cannot fork, or has no semaphores.
     """
 
     def __init__(self, target: Any, name: str, *, fresh: bool = False) -> None:
@@ -57,7 +57,10 @@ class Child:
         context = multiprocessing.get_context("spawn" if fresh else "fork")
         self._name = name
         ours, theirs = context.Pipe()
-        asking, answering = (_Bells(context.Semaphore(0), context.Semaphore(0)) for _ in range(2))
+        try:
+            asking, answering = (_Bells(context.Semaphore(0), context.Semaphore(0)) for _ in range(2))
+        except (ImportError, OSError) as error:  # no shared memory, in some containers
+            raise UserError(f"{name}: a process of its own needs semaphores, and there are none ({error})") from error
         self._ours, self._repeated = _Side(ours, asking, answering), None
         given = (target, _Side(theirs, answering, asking), None if fresh else ours)
         self._process = context.Process(target=_serve, args=given, daemon=True)
