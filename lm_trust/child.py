@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -212,9 +213,8 @@ def _portable(error: Exception) -> Exception:
 
 def _one_thread() -> None:
     """OpenMP's threads do not survive a fork: a child that counts on them would wait for ever."""
-    import torch
-
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _end_with_parent() -> None:

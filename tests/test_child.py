@@ -113,7 +113,7 @@ def test_where_there_are_no_semaphores_it_is_said(monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(multiprocessing.context.BaseContext, "Semaphore", refuse)
-    with pytest.raises(UserError, match="the thing: a process of its own needs semaphores.*Function not implemented"):
+    with pytest.raises(UserError, match=r"the thing: a process of its own needs semaphores.*Function not implemented"):
         Child(Target(), "the thing")
 
 

@@ -21,7 +21,6 @@ from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical
 from lm_trust.core.linearisation import Linearisation
 from lm_trust.errors import UserError
 
-
 _MINUS_ONE = torch.tensor(-1.0)
 
 
