@@ -41,7 +41,7 @@ class Child:
     """A fork of this process that holds `target`; it ends with `close`, with this object, and with this process.
 
     Messages go through a pipe, and a semaphore each way says when to look. A call without arguments that repeats the
-    last one, and a result of None, have no message: then that is all there is, a tenth of the time.
+    last one, and a result of None, go by the semaphore alone, in a tenth of the time.
 
     Args:
         target: as it is now; what the child does to it is not seen here, but for what lies in shared memory.
@@ -229,6 +229,7 @@ def _end_with_parent() -> None:
 
 
 def _end(side: _Side, killed: BaseProcess | None) -> None:
+    # Said, and not left to the closed pipe: later children have inherited this end of it.
     with suppress(OSError):
         side.send(None)
     side.connection.close()

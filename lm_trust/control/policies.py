@@ -21,7 +21,7 @@ from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical
 from lm_trust.core.linearisation import Linearisation
 from lm_trust.errors import UserError
 
-_MINUS_ONE = torch.tensor(-1.0)
+_MINUS_ONE = torch.tensor(-1.0, device="cpu")  # without dimensions, it goes with tensors anywhere
 
 
 def _tanh(x: Tensor) -> Tensor:
