@@ -119,8 +119,9 @@ def test_tokens_are_drawn_from_what_is_scored_to_half_precision(both, tokenizer,
         )
     ratio = (scored - sampled).exp()[mask]
     assert (ratio - 1).abs().max() < TOLERANCES[dtype][0]
-    # One rounding is not another: the same passes with the same rounding agree far better than with none.
-    assert (ratio - 1).abs().mean() < 0.2 * (scored - exact)[mask].abs().mean()
+    # Both in half precision agree better than one of them with full precision, which is what sampling without autocast
+    # would be (a factor of 1). By how much is the processor's doing: up to 0.4 where it has no such instructions.
+    assert (ratio - 1).abs().mean() < 0.7 * (scored - exact)[mask].abs().mean()
 
 
 def test_the_head_computes_outside_of_autocast(model_folders):
