@@ -15,10 +15,10 @@ import argparse
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from lm_trust.core.seeding import make_generator
-from lm_trust.lm.generation import complete, eos_ids, left_pad, seeded
+from lm_trust.lm.generation import complete, eos_ids, left_pad, plain_sampling, seeded
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.rollout import LanguageTask
 from lm_trust.training.build import build_world
@@ -35,13 +35,15 @@ class Tilt(LogitsProcessor):
         kl: (B,) of the tilted distributions to those before, summed over the steps so far.
     """
 
-    def __init__(self, task: LanguageTask, rows: Tensor, width: int, ends: list[int], beta: float) -> None:
-        self._task, self._rows, self._width, self._beta = task, rows, width, beta
+    def __init__(
+        self, task: LanguageTask, rows: Tensor, width: int, ends: list[int], *, temperature: float, beta: float
+    ) -> None:
+        self._task, self._rows, self._width, self._temperature, self._beta = task, rows, width, temperature, beta
         self._ends = torch.tensor(ends)
         self.kl = torch.zeros(len(rows))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        written, log_p = input_ids[:, self._width :], scores.log_softmax(-1)
+        written, log_p = input_ids[:, self._width :], (scores / self._temperature).log_softmax(-1)
         running = ~torch.isin(written, self._ends).any(-1)
         tried = log_p.topk(TRIED).indices[running]
         before = written[running]
@@ -50,7 +52,7 @@ class Tilt(LogitsProcessor):
         tilted = log_p.clone()
         tilted[running] = tilted[running].scatter_add(-1, tried, (then - now) / self._beta).log_softmax(-1)
         self.kl += (tilted.exp() * (tilted - log_p)).sum(-1)  # 0 where it is not running
-        return tilted
+        return tilted * self._temperature  # by which they are divided after this
 
     def _paid(self, running: Tensor, tokens: Tensor) -> Tensor:
         """Scores (b, n) of n texts (b, n, t) for each running row."""
@@ -66,10 +68,8 @@ def tilted(task: LanguageTask, policy: CausalPolicy, rows: Tensor, beta: float) 
     """(B,) rewards and KLs of a completion for each of the held-out prompts' rows."""
     ends, pad = eos_ids(task.tokenizer, policy), task.tokenizer.pad_token_id
     prompts, mask = left_pad([task.heldout.ids[row] for row in rows.tolist()], pad)
-    tilt = Tilt(task, rows, prompts.shape[1], ends, beta)
-    settings = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=task.max_new_tokens, eos_token_id=ends, pad_token_id=pad
-    )
+    tilt = Tilt(task, rows, prompts.shape[1], ends, temperature=policy.temperature, beta=beta)
+    settings = plain_sampling(policy, max_new_tokens=task.max_new_tokens, eos_ids=ends, pad_id=pad)
     with seeded(policy.device, make_generator(0, "benchmark.tilt")), policy.as_reference():
         sequences = policy.causal_lm.generate(
             input_ids=prompts,

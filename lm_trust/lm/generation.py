@@ -134,6 +134,26 @@ class EndWhereBroken(LogitsProcessor):
         return torch.where(broken, end, scores)
 
 
+def plain_sampling(
+    policy: CausalPolicy, *, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int
+) -> GenerationConfig:
+    """Settings of `generate` by which it draws from the policy's own distribution; arguments as below.
+
+    Every one that could bend the distribution is switched off by name (an unset top_k is 50 in transformers).
+    """
+    return GenerationConfig(
+        do_sample=True,
+        temperature=policy.temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+
+
 @torch.no_grad()
 def sample_completions(
     policy: CausalPolicy,
@@ -146,8 +166,7 @@ def sample_completions(
 ) -> Completions:
     """Sample one completion a prompt with the key-value cache.
 
-    Every setting of `generate` that could bend the distribution is switched off by name (an unset top_k is 50 in
-    transformers). The draw is seeded from `generator`; the global generators are left as they were.
+    The draw is seeded from `generator`; the global generators are left as they were.
 
     Args:
         policy: samples at its own temperature.
@@ -158,17 +177,7 @@ def sample_completions(
         generator: CPU generator.
     """
     prompts, prompt_mask = (tensor.to(policy.device) for tensor in left_pad(prompt_ids, pad_id))
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=policy.temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
+    settings = plain_sampling(policy, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
     broken = LogitsProcessorList([EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)])
     with seeded(policy.device, generator), policy.generating():
         sequences = policy.causal_lm.generate(
