@@ -20,7 +20,7 @@ from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.prompts import Prompts, PromptSampler
 from lm_trust.lm.reward_scaling import RewardScaler
 from lm_trust.lm.rewards import RewardScores, WeightedRewards
-from lm_trust.lm.token_mdp import LimitRule, Payments, TokenRewards, payments, token_rewards
+from lm_trust.lm.token_mdp import LimitRule, Payments, TokenRewards, payments, progress, token_rewards
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LanguageTask:
         max_new_tokens: the length limit.
         at_limit, limit_penalty: see `token_mdp`.
         scaling: how the learner sees the rewards; None: as they are.
-        with_features: whether a critic wants the reference model's hidden states.
+        with_features: whether a critic wants the reference model's hidden states, and the states' `progress` with them.
         engine: samples what is trained on; everything else is sampled by `sample_completions`.
         seed: the run's seed.
 
@@ -102,7 +102,11 @@ class LanguageTask:
         # One pass of the reference serves its distribution and the critic.
         with torch.no_grad(), policy.as_reference():
             states = policy.step_states(completions.observations, final=True)
-            reference = policy.head(states[:, :-1])
+            size = states.shape[-1]
+            if self._with_features:
+                so_far = progress(placed.rewards, self.max_new_tokens, self._at_limit)
+                states = torch.cat([states, so_far.to(states)], -1)
+            reference = policy.head(states[:, :-1, :size])
         self.steps += int(summed(completions.lengths.sum()))
         return Rollout(
             observations=completions.observations,

@@ -1,7 +1,7 @@
 """The token-level MDP: what its steps pay and how its episodes end, in one place for rollout and environment.
 
-State: the prompt and the tokens so far. Action: the next token. An end of sequence terminates; the length limit
-truncates, and what that means is a setting:
+State: the prompt and the tokens so far, with what they have earned and how many more there may be. Action: the next
+token. An end of sequence terminates; the length limit truncates, and what that means is a setting:
 
 - `terminate`: the text is scored as it stands, and nothing follows it.
 - `penalise`: the same, less `limit_penalty`.
@@ -132,3 +132,20 @@ def token_rewards(
     truncated = cut if at_limit == "bootstrap" else torch.zeros_like(cut)
     rewards = per_token + torch.where(last, final.unsqueeze(-1), 0.0)
     return TokenRewards(rewards, last & ~truncated.unsqueeze(-1), last & truncated.unsqueeze(-1))
+
+
+def progress(rewards: Tensor, max_new_tokens: int, at_limit: LimitRule) -> Tensor:
+    """What the states of T + 1 steps hold besides their texts, for a critic: (B, T + 1, 2).
+
+    The reward so far, and the share of the length limit that is left (Pardo et al. 2018, "Time limits in reinforcement
+    learning"); 0 where the limit is no end of the episode, for then a value must not depend on it. What may still be
+    earned hangs on both: a score that is high already can hardly rise, and so can that of a text that is nearly over.
+
+    Args:
+        rewards: (B, T), 0 behind a completion's end.
+        max_new_tokens: the length limit.
+        at_limit: see the module's text.
+    """
+    earned = torch.nn.functional.pad(rewards.cumsum(-1), (1, 0))
+    left = 1 - torch.arange(earned.shape[1], device=earned.device) / max_new_tokens
+    return torch.stack([earned, left.expand_as(earned) * (at_limit != "bootstrap")], -1)

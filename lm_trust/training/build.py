@@ -190,7 +190,7 @@ def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
         return NoCritic()
     if section.kind == "reference_head":
         size = policy.causal_lm.get_output_embeddings().weight.shape[1]
-        head = ValueHead(size, section.hidden, seed=config.seed).to(policy.device)
+        head = ValueHead(size, section.hidden, progress=2, seed=config.seed).to(policy.device)
         return ValueCritic(head, seed=config.seed, **_settings(section, "hidden"))
     microbatch_size = config.rollout.microbatch_size
     lora = {"r": section.r, "alpha": section.alpha, "targets": section.targets, "seed": config.seed}

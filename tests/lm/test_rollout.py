@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_trust.core.batch import Batch
+from lm_trust.core.batch import Batch, Rollout
 from lm_trust.lm.generation import eos_ids
 from lm_trust.lm.reward_scaling import RewardScaler
 from lm_trust.lm.rewards import RewardError, RewardPart
@@ -77,7 +77,10 @@ def test_samples_of_one_prompt_stand_together(make_policy, tokenizer, lm):
 
 
 def test_the_reference_and_its_states(make_policy, tokenizer, lm):
-    """The critic reads the frozen reference: at each step its state, and next to it the state that the token led to."""
+    """The critic reads the frozen reference: at each step its state, and next to it the state that the token led to.
+
+    With each state it is told what was earned so far and what share of the five tokens is left.
+    """
     policy = make_policy(temperature=0.8)
     rollout = lm.task(tokenizer, batch_size=8).collect(policy)
     with torch.no_grad(), policy.as_reference():
@@ -87,8 +90,14 @@ def test_the_reference_and_its_states(make_policy, tokenizer, lm):
     torch.testing.assert_close(rollout.reference.dense().log_probs[mask], log_probs[mask], rtol=0, atol=1e-9)
     for row, length in enumerate(mask.sum(-1).tolist()):
         for step in range(length):
-            torch.testing.assert_close(rollout.critic_inputs[row, step], states[row, width - 1 + step])
-            torch.testing.assert_close(rollout.next_critic_inputs[row, step], states[row, width + step])
+            seen, next_seen = rollout.critic_inputs[row, step], rollout.next_critic_inputs[row, step]
+            torch.testing.assert_close(seen[:32], states[row, width - 1 + step])
+            torch.testing.assert_close(next_seen[:32], states[row, width + step])
+            earned = sum(rollout.rewards[row, :step].tolist())
+            assert seen[32:].tolist() == pytest.approx([earned, 1 - step / 5])
+            assert next_seen[32:].tolist() == pytest.approx(
+                [earned + rollout.rewards[row, step].item(), 1 - (step + 1) / 5]
+            )
     assert not rollout.critic_inputs.requires_grad
     assert not rollout.next_critic_inputs.requires_grad
 
@@ -182,7 +191,7 @@ def test_every_end_of_the_model_and_the_tokenizer_counts(make_policy, tokenizer,
 def test_fitting_the_critic_leaves_the_policy_bit_identical(make_policy, tokenizer, lm):
     policy = make_policy(dtype=torch.float32)
     rollout = lm.task(tokenizer, batch_size=8).collect(policy)
-    critic = ValueCritic(ValueHead(32, (8,)), epochs=3)
+    critic = ValueCritic(ValueHead(32, (8,), progress=2), epochs=3)
     with torch.no_grad():
         before = policy.distribution(rollout.observations).dense().logits
     checksums = [lm.checksum(policy, trainable=trainable) for trainable in (True, False)]
@@ -209,6 +218,25 @@ def test_a_value_head_starts_at_zero_and_reseeds_nobody():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_value_head_learns_from_the_progress_what_the_states_do_not_show():
+    generator = torch.Generator().manual_seed(0)
+    head = ValueHead(32, (16,), progress=2)
+    critic = ValueCritic(head, epochs=20, learning_rate=1e-2)
+
+    def drawn():
+        features = torch.randn(128, 5, 34, generator=generator)
+        nothing = torch.zeros(128, 5, dtype=torch.bool)
+        earned, left = features[..., 32:].unbind(-1)
+        returns = left - 0.5 * earned
+        return Rollout(None, returns, returns, nothing, nothing, ~nothing, features, features), returns
+
+    rollout, returns = drawn()
+    critic.fit(rollout, returns, torch.zeros_like(returns))
+    fresh, returns = drawn()
+    values, _ = critic.values(fresh)
+    assert (values - returns).var() < 0.1 * returns.var()
+
+
 RULES = {
     "trpo": lambda: TRPO(max_kl=0.01, damping=0.1, cg_iterations=4),
     "ppo_clip": lambda: PPOClip(clip=0.2, epochs=2, minibatches=2, learning_rate=1e-2, seed=0),
@@ -219,7 +247,7 @@ RULES = {
 def test_an_iteration_moves_the_adapter_and_nothing_else(make_policy, tokenizer, lm, rule):
     policy = make_policy(dtype=torch.float32, moved=False)
     task = lm.task(tokenizer, batch_size=8)
-    critic = ValueCritic(ValueHead(32, (8,)), epochs=2)
+    critic = ValueCritic(ValueHead(32, (8,), progress=2), epochs=2)
     trainer = Trainer(policy, task, critic, rule(), Gae(), iterations=2, reference_penalty=0.1)
     frozen, moving = (lm.checksum(policy, trainable=trainable) for trainable in (False, True))
     first, second = trainer.iterate(), trainer.iterate()

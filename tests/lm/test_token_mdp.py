@@ -14,7 +14,7 @@ from lm_trust.lm.generation import Completions
 from lm_trust.lm.policy import TokenObservations
 from lm_trust.lm.prompts import Prompts
 from lm_trust.lm.rewards import RewardPart, WeightedRewards
-from lm_trust.lm.token_mdp import payments, token_rewards
+from lm_trust.lm.token_mdp import payments, progress, token_rewards
 from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
 # Four completions of at most 3 tokens: cut, ended in the middle, ended at once, ended at the last permitted token.
@@ -33,6 +33,15 @@ def test_a_score_lands_on_the_last_generated_token():
     assert found.rewards.tolist() == [[0, 0, 1], [0, -2, 0], [3, 0, 0], [0, 0, 4]]
     assert found.terminated.int().tolist() == LAST
     assert not found.truncated.any()
+
+
+@pytest.mark.parametrize("at_limit", ["terminate", "penalise", "bootstrap"])
+def test_a_state_is_what_was_earned_and_what_is_left_of_a_limit_that_ends_it(at_limit):
+    found = progress(torch.tensor([[1.0, -3.0], [0.5, 0.0]]), 4, at_limit)
+    left = [0, 0, 0] if at_limit == "bootstrap" else [1, 0.75, 0.5]
+    assert found.tolist() == [
+        [list(pair) for pair in zip(earned, left, strict=True)] for earned in ([0, 1, -2], [0, 0.5, 0.5])
+    ]
 
 
 def test_a_cut_text_can_be_penalised():
