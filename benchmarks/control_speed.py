@@ -40,7 +40,7 @@ from control_programs import Settings, rows  # beside this file
 
 PROGRAMS = str(Path(__file__).with_name("control_programs.py"))
 CORES = 2
-TRIAL_ITERATIONS = 2
+TRIAL_ITERATIONS = 6
 
 
 class Bench:
