@@ -12,6 +12,7 @@ nor critics are what holds those back, but how much of the limit so many texts a
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from scipy.optimize import brentq
@@ -77,6 +78,9 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=5)
     parser.add_argument("--count", type=int, default=80, help="held-out completions of an evaluation")
     given = parser.parse_args()
+    most = math.log(given.samples)
+    if not 0 < given.kl < most:
+        raise SystemExit(f"--kl {given.kl:g}: {given.samples} samples of a prompt carry 0 to {most:.2f} nats")
     trainer = build_world(load_config(given.config)).trainer
     task, policy = trainer.task, trainer.policy
     texts, rewards = reference_texts(task, policy, given.samples)
