@@ -17,7 +17,9 @@ import math
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from lm_trust.core.batch import row_chunks
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.core.seeding import make_generator
 from lm_trust.lm.generation import complete, eos_ids, left_pad
@@ -26,7 +28,7 @@ from lm_trust.lm.rollout import LanguageTask
 from lm_trust.training.build import build_world
 from lm_trust.training.config_file import load_config
 
-Text = tuple[int, list[int]]  # a training prompt's number, and the tokens of its completion
+Text = tuple[int, Tensor]  # a training prompt's number, and the tokens of its completion
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def reference_texts(task: LanguageTask, policy: CausalPolicy, samples: int) -> t
         with policy.as_reference():
             completions = task.sample(policy, task.training, rows, generator)
         for row, (tokens, mask) in enumerate(zip(completions.tokens, completions.mask, strict=True)):
-            texts[row].append((row, tokens[mask].tolist()))
+            texts[row].append((row, tokens[mask]))
         totals.append(task.score(task.training, rows, completions).total)
     return texts, torch.stack(totals, 1)
 
@@ -47,20 +49,22 @@ def reference_texts(task: LanguageTask, policy: CausalPolicy, samples: int) -> t
 def tilted_weights(rewards: Tensor, kl: float) -> Tensor:
     """(P, N) probabilities of each prompt's samples, proportional to exp(reward / beta), at this mean KL in nats."""
 
+    def tilted(log_beta: float) -> Tensor:
+        return (rewards / math.exp(log_beta)).softmax(-1)
+
     def excess(log_beta: float) -> float:
-        weights = (rewards / torch.tensor(log_beta).exp()).softmax(-1)
+        weights = tilted(log_beta)
         return torch.special.xlogy(weights, weights * rewards.shape[1]).sum(-1).mean().item() - kl
 
     spread = rewards.std().log().item()
-    return (rewards / torch.tensor(brentq(excess, spread - 4, spread + 4)).exp()).softmax(-1)
+    return tilted(brentq(excess, spread - 4, spread + 4))
 
 
 def mean_log_prob(task: LanguageTask, policy: CausalPolicy, texts: list[Text]) -> Tensor:
     """Of a token of these texts, in nats, with its graph."""
     ends = eos_ids(task.tokenizer, policy)
     prompts, mask = left_pad([task.training.ids[row] for row, _ in texts], task.tokenizer.pad_token_id)
-    longest = max(len(tokens) for _, tokens in texts)
-    tokens = torch.tensor([tokens + [ends[0]] * (longest - len(tokens)) for _, tokens in texts])
+    tokens = pad_sequence([tokens for _, tokens in texts], batch_first=True, padding_value=ends[0])
     completions = complete(mask, prompts, tokens, eos_ids=ends)
     log_prob = policy.distribution(completions.observations).log_prob(completions.tokens)
     return log_prob[completions.mask].mean()
@@ -93,7 +97,7 @@ def main() -> None:
         picks = torch.multinomial(weights, given.picks, replacement=True, generator=generator)
         epoch = [texts[row][pick] for row, few in enumerate(picks.tolist()) for pick in few]
         chosen += [epoch[place] for place in torch.randperm(len(epoch), generator=generator).tolist()]
-    batches = [chosen[start : start + given.rows] for start in range(0, len(chosen), given.rows)]
+    batches = [chosen[rows] for rows in row_chunks(len(chosen), given.rows)]
     adam = torch.optim.AdamW(trainable_parameters(policy), lr=given.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, len(batches))
     every = -(-len(batches) // given.evaluations)

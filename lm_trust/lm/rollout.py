@@ -104,6 +104,7 @@ class LanguageTask:
             states = policy.step_states(completions.observations, final=True)
             size = states.shape[-1]
             if self._with_features:
+                # The reference keeps a view of the critic's inputs: the states are held once.
                 so_far = progress(placed.rewards, self.max_new_tokens, self._at_limit)
                 states = torch.cat([states, so_far.to(states)], -1)
             reference = policy.head(states[:, :-1, :size])

@@ -30,6 +30,8 @@ from lm_trust.lm.text_pieces import completing_tokens
 
 LimitRule = Literal["terminate", "penalise", "bootstrap"]
 
+PROGRESS_SIZE = 2  # numbers a state in `progress`
+
 
 @dataclass(frozen=True)
 class Payments:
@@ -135,11 +137,11 @@ def token_rewards(
 
 
 def progress(rewards: Tensor, max_new_tokens: int, at_limit: LimitRule) -> Tensor:
-    """What the states of T + 1 steps hold besides their texts, for a critic: (B, T + 1, 2).
+    """What the states of T + 1 steps hold besides their texts, for a critic: (B, T + 1, PROGRESS_SIZE).
 
     The reward so far, and the share of the length limit that is left (Pardo et al. 2018, "Time limits in reinforcement
     learning"); 0 where the limit is no end of the episode, for then a value must not depend on it. What may still be
-    earned hangs on both: a score that is high already can hardly rise, and so can that of a text that is nearly over.
+    earned hangs on both: a score that is high already can hardly rise, nor can that of a text that is nearly over.
 
     Args:
         rewards: (B, T), 0 behind a completion's end.

@@ -7,7 +7,6 @@ the token MDP holds besides its text (`token_mdp.progress`), which a frozen mode
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -29,23 +28,23 @@ class ValueHead(nn.Module):
 
     def __init__(self, size: int, hidden: Sequence[int] = (256,), *, progress: int = 0, seed: int = 0) -> None:
         super().__init__()
-        widths = [size, *hidden, 1]
+        self._size = size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed(seed, "lm.value_head"))
             # Hidden states of different models differ in scale by orders of magnitude.
             layers: list[nn.Module] = [nn.LayerNorm(size, elementwise_affine=False)]
-            for pair in itertools.pairwise(widths):
-                layers += [nn.Linear(*pair), nn.Tanh()]
-            layers.pop()
+            for width in hidden:
+                layers += [nn.Linear(size, width), nn.Tanh()]
+                size = width
+            last = nn.Linear(size, 1)
             # A layer of its own: as two more among hundreds of inputs they would start at a tenth of the weight.
-            self.progress = nn.Linear(progress, widths[1], bias=False) if progress else None
-        starts_at_zero = [layers[-1].weight, layers[-1].bias]
-        if self.progress is not None and not hidden:
-            starts_at_zero.append(self.progress.weight)
-        for parameter in starts_at_zero:
-            nn.init.zeros_(parameter)
-        self.layers = nn.Sequential(*layers)
-        self._size = size
+            first_width = hidden[0] if hidden else 1
+            self.progress = nn.Linear(progress, first_width, bias=False) if progress else None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        if self.progress is not None and not hidden:  # it is a part of the last layer then
+            nn.init.zeros_(self.progress.weight)
+        self.layers = nn.Sequential(*layers, last)
 
     def forward(self, features: Tensor) -> Tensor:
         """Values (...) of features (..., H + P)."""

@@ -182,6 +182,7 @@ def _language_world(config: LanguageConfig) -> World:
 
 
 def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
+    from lm_trust.lm.token_mdp import PROGRESS_SIZE
     from lm_trust.lm.value_head import ValueHead
     from lm_trust.lm.value_model import adapter_critic, model_critic
 
@@ -190,7 +191,7 @@ def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
         return NoCritic()
     if section.kind == "reference_head":
         size = policy.causal_lm.get_output_embeddings().weight.shape[1]
-        head = ValueHead(size, section.hidden, progress=2, seed=config.seed).to(policy.device)
+        head = ValueHead(size, section.hidden, progress=PROGRESS_SIZE, seed=config.seed).to(policy.device)
         return ValueCritic(head, seed=config.seed, **_settings(section, "hidden"))
     microbatch_size = config.rollout.microbatch_size
     lora = {"r": section.r, "alpha": section.alpha, "targets": section.targets, "seed": config.seed}

@@ -213,6 +213,8 @@ def test_a_value_head_starts_at_zero_and_reseeds_nobody():
     states = torch.linspace(-30, 50, 24).view(2, 3, 4)
     head, same, other = ValueHead(4, (5,), seed=1), ValueHead(4, (5,), seed=1), ValueHead(4, (5,), seed=2)
     assert head(states).tolist() == torch.zeros(2, 3).tolist()
+    for hidden in ((), (5,)):
+        assert ValueHead(2, hidden, progress=2)(states).tolist() == torch.zeros(2, 3).tolist()
     weights = [each.state_dict()["layers.1.weight"] for each in (head, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
