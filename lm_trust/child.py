@@ -12,21 +12,13 @@ import pickle
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Semaphore
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple
+from typing import Any
 
 from lm_trust.errors import UserError
-
-_AWAKE = 0.0005  # seconds that either side looks out for the other before it sleeps
-_LOOK = 0.1  # seconds of sleep after which it looks whether the other is still there
-
-_NOTHING = object()  # in the place of a message: the bell alone
 
 
 class ChildDied(RuntimeError):  # noqa: N818 - it says what happened
@@ -40,16 +32,13 @@ class ChildDied(RuntimeError):  # noqa: N818 - it says what happened
 class Child:
     """A fork of this process that holds `target`; it ends with `close`, with this object, and with this process.
 
-    Messages go through a pipe, and a semaphore each way says when to look. A call without arguments that repeats the
-    last one, and a result of None, go by the semaphore alone, in a tenth of the time.
-
     Args:
         target: as it is now; what the child does to it is not seen here, but for what lies in shared memory.
         name: for messages, such as "the critic".
         fresh: a new interpreter in the place of a fork, to which the target is sent; it shares nothing with this one.
 
     Raises:
-        UserError: this platform cannot fork, or has no semaphores.
+        UserError: this platform cannot fork.
     """
 
     def __init__(self, target: Any, name: str, *, fresh: bool = False) -> None:
@@ -57,26 +46,28 @@ class Child:
             raise UserError(f"{name}: a process of its own needs a platform that can fork, such as Linux; leave it out")
         context = multiprocessing.get_context("spawn" if fresh else "fork")
         self._name = name
-        ours, theirs = context.Pipe()
-        try:
-            asking, answering = (_Bells(context.Semaphore(0), context.Semaphore(0)) for _ in range(2))
-        except (ImportError, OSError) as error:  # no shared memory, in some containers
-            raise UserError(f"{name}: a process of its own needs semaphores, and there are none ({error})") from error
-        self._ours, self._repeated = _Side(ours, asking, answering), None
-        given = (target, _Side(theirs, answering, asking), None if fresh else ours)
+        self._connection, theirs = context.Pipe()
+        given = (target, theirs, None if fresh else self._connection)
         self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         theirs.close()
         # multiprocessing's own, which at the end of this process runs before it waits for its children.
         killed = self._process if fresh else None
-        self._end = Finalize(self, _end, args=(self._ours, killed), exitpriority=0)
+        self._end = Finalize(self, _end, args=(self._connection, killed), exitpriority=0)
 
     def start(self, method: str, *given: Any) -> None:
-        """Begin a call; one at a time."""
-        repeats = not given and method == self._repeated
-        self._repeated = None if given else method
+        """Begin a call; one at a time.
+
+        Raises:
+            UserError: what is given cannot be sent to another process.
+            ChildDied: the process is gone.
+        """
         try:
-            self._ours.send(_NOTHING if repeats else (method, given))
+            message = _pickled((method, given))
+        except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:  # each as the object has it
+            raise UserError(f"{self._name}: this cannot be sent to another process ({error}); leave it out") from error
+        try:
+            self._connection.send_bytes(message)
         except OSError:
             raise self._gone() from None
 
@@ -88,12 +79,13 @@ class Child:
             ChildDied: the process is gone.
         """
         try:
-            answer = self._ours.receive(self._process.is_alive, timeout)
+            if timeout is not None and not self._connection.poll(timeout):
+                raise TimeoutError
+            result, error = pickle.loads(self._connection.recv_bytes())
         except TimeoutError:  # it is an OSError
             raise
         except (EOFError, OSError):
             raise self._gone() from None
-        result, error = (None, None) if answer is _NOTHING else answer
         if error is not None:
             raise error
         return result
@@ -118,68 +110,7 @@ class Child:
         return ChildDied(self._name, self._process.exitcode)
 
 
-class _Bells(NamedTuple):
-    """What one end rings for the other: that it is its turn, and before that, where there is one, a message."""
-
-    turn: Semaphore
-    message: Semaphore
-
-
-class _Side:
-    """One end: what it sends, and what the other end sends.
-
-    Args:
-        connection: for messages.
-        ringing: for the other end.
-        hearing: from the other end.
-    """
-
-    def __init__(self, connection: Connection, ringing: _Bells, hearing: _Bells) -> None:
-        self.connection, self._ringing, self._hearing = connection, ringing, hearing
-
-    def send(self, message: Any) -> None:
-        """Anything that can be pickled, or _NOTHING."""
-        if message is _NOTHING:
-            self._ringing.turn.release()
-            return
-        # Plain bytes: what torch would make of the tensors in a message, a file in shared memory for each, is slower
-        # than copying them.
-        message = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        self._ringing.message.release()
-        self._ringing.turn.release()
-        self.connection.send_bytes(message)  # last: what is more than a pipe holds waits for its reader
-
-    def receive(self, there: Callable[[], bool], timeout: float | None = None) -> Any:
-        """The next message, or _NOTHING.
-
-        Args:
-            there: whether the process at the other end is.
-            timeout: seconds to wait at most.
-
-        Raises:
-            TimeoutError: nothing came in that time.
-            EOFError, OSError: the other end is gone.
-        """
-        self._await_turn(there, timeout)
-        return pickle.loads(self.connection.recv_bytes()) if self._hearing.message.acquire(False) else _NOTHING
-
-    def _await_turn(self, there: Callable[[], bool], timeout: float | None) -> None:
-        # To wake takes a sleeping process a tenth of a millisecond, longer than many calls: first look for a while.
-        turn, began = self._hearing.turn, time.perf_counter()
-        while not turn.acquire(False):
-            waited = time.perf_counter() - began
-            if timeout is not None and waited >= timeout:
-                raise TimeoutError
-            if waited < _AWAKE:
-                continue
-            alive = there()  # before the last look: what it rang while it lived is heard
-            if turn.acquire(timeout=_LOOK if timeout is None else min(_LOOK, timeout - waited)):
-                return
-            if not alive:
-                raise EOFError
-
-
-def _serve(target: Any, side: _Side, parents_end: Connection | None) -> None:
+def _serve(target: Any, connection: Connection, parents_end: Connection | None) -> None:
     if parents_end is None:
         _end_with_parent()
     else:
@@ -188,18 +119,19 @@ def _serve(target: Any, side: _Side, parents_end: Connection | None) -> None:
     # The parent finishes its iteration at either signal, and needs its children for it.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().pid
-    method, given = None, ()
     with suppress(EOFError, OSError):  # the parent is gone
-        while (request := side.receive(lambda: os.getppid() == parent)) is not None:
-            if request is not _NOTHING:
-                method, given = request
+        while (request := pickle.loads(connection.recv_bytes())) is not None:
+            method, given = request
             try:
-                result = getattr(target, method)(*given)
-                reply = _NOTHING if result is None else (result, None)
+                reply = (getattr(target, method)(*given), None)
             except Exception as error:
                 reply = (None, _portable(error))
-            side.send(reply)
+            connection.send_bytes(_pickled(reply))
+
+
+def _pickled(message: Any) -> bytes:
+    # Plain bytes: what torch would make of the tensors in a message, a file in shared memory for each, is slower.
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
 def _portable(error: Exception) -> Exception:
@@ -228,11 +160,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _end(side: _Side, killed: BaseProcess | None) -> None:
+def _end(connection: Connection, killed: BaseProcess | None) -> None:
     # Said, and not left to the closed pipe: later children have inherited this end of it.
     with suppress(OSError):
-        side.send(None)
-    side.connection.close()
+        connection.send_bytes(_pickled(None))
+    connection.close()
     if killed is not None:
         killed.join(1)
         killed.kill()

@@ -1,6 +1,5 @@
 """Objects in a child of this process: their results, their exceptions, and the ways that they end."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -106,15 +105,6 @@ def test_a_child_that_is_gone_is_an_error_with_its_exit_code(child):
         child.finish()
     with pytest.raises(RuntimeError, match="exit code 7"):
         child.call("add", 1, 2)
-
-
-def test_where_there_are_no_semaphores_it_is_said(monkeypatch):
-    def refuse(*given):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(multiprocessing.context.BaseContext, "Semaphore", refuse)
-    with pytest.raises(UserError, match=r"the thing: a process of its own needs semaphores.*Function not implemented"):
-        Child(Target(), "the thing")
 
 
 @pytest.mark.parametrize("end", ["close", "forget"])

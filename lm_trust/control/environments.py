@@ -12,6 +12,7 @@ import gymnasium
 
 from lm_trust.control.evaluation import Remembering
 from lm_trust.control.pool import make_pool
+from lm_trust.control.processes import EnvironmentProcesses
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.processes import RowRange
@@ -29,7 +30,7 @@ def make_environments(
     remember: int = 0,
     backend: str = "gymnasium",
     placed: RowRange | None = None,
-) -> Environments | VectorEnvironments:
+) -> Environments | EnvironmentProcesses | VectorEnvironments:
     """`count` copies of an environment.
 
     Args:
@@ -38,7 +39,8 @@ def make_environments(
         count: how many copies.
         seed: of which every episode's seed is a function; evaluation takes another than training.
         arguments: keyword arguments of the environment or factory.
-        processes: that step them, this one among them; the results are the same.
+        processes: that play them, this one among them; the results are the same. Those of more than one play rollouts
+            and do nothing else.
         remember: how many of them, from the first, are `Remembering`: their last episode can be shown.
         backend: "gymnasium", or "envpool" for training: see `lm_trust.control.pool`.
         placed: where they stand among the environments of a run that is spread over processes; None: they are all.
@@ -54,7 +56,9 @@ def make_environments(
         for number in range(count):
             env = _made(id, make, arguments or {})
             envs.append(Remembering(env) if number < remember else env)
-        return Environments(id, envs, seed=seed, processes=processes, placed=placed)
+        if processes == 1:
+            return Environments(id, envs, seed=seed, placed=placed)
+        return EnvironmentProcesses(id, envs, seed=seed, processes=processes, placed=placed)
     except BaseException:
         for env in envs:
             env.close()

@@ -187,14 +187,14 @@ class MLP(nn.Module):
             nn.init.orthogonal_(layer.weight, gain=gain, generator=generator)
             nn.init.zeros_(layer.bias)
         self.hidden, self.last = nn.ModuleList(hidden), last
-        self.activation = activation
-        self._activate, self._through_activation = ACTIVATIONS[activation]
+        self.activation = activation  # by name, so that a policy can be sent to another process
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
+        activate, _ = ACTIVATIONS[self.activation]
         # On a handful of rows half of the time would be spent in nn.Linear's own call.
         for layer in self.hidden:
-            x = self._activate(functional.linear(x, layer.weight, layer.bias))
+            x = activate(functional.linear(x, layer.weight, layer.bias))
         return functional.linear(x, self.last.weight, self.last.bias)
 
     def linearised(self, x: Tensor) -> Linearisation:
@@ -204,15 +204,16 @@ class MLP(nn.Module):
         """
         # Detached, so that nothing here is recorded; entering torch.no_grad in each map would take a tenth of the time.
         layers = [(layer.weight.detach(), layer.bias.detach()) for layer in (*self.hidden, self.last)]
+        activate, through_activation = ACTIVATIONS[self.activation]
         lead, given = x.shape[:-1], [x.flatten(0, -2)]
         for weight, bias in layers[:-1]:
-            given.append(self._activate(functional.linear(given[-1], weight, bias)))
+            given.append(activate(functional.linear(given[-1], weight, bias)))
         output = functional.linear(given[-1], *layers[-1])
 
         def pushforward(tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
             moved = functional.linear(given[0], tangents[0], tangents[1])
             for index in range(1, len(layers)):
-                moved = functional.linear(self._through_activation(moved, given[index]), layers[index][0])
+                moved = functional.linear(through_activation(moved, given[index]), layers[index][0])
                 moved += functional.linear(given[index], tangents[2 * index], tangents[2 * index + 1])
             return (moved.unflatten(0, lead),)
 
@@ -222,7 +223,7 @@ class MLP(nn.Module):
             for index in range(len(layers) - 1, -1, -1):
                 gradients = [cotangent.t() @ given[index], cotangent.sum(0), *gradients]
                 if index:
-                    cotangent = self._through_activation(cotangent @ layers[index][0], given[index])
+                    cotangent = through_activation(cotangent @ layers[index][0], given[index])
             return gradients
 
         return Linearisation(output.unflatten(0, lead), pushforward, pullback)

@@ -1,114 +1,128 @@
-"""Environments that step in processes of their own, while this one steps the first of them.
+"""Environments that several processes play, each some of them.
 
-For environments whose step is work, such as MuJoCo's: a step of CartPole is shorter than telling another process of it.
+For environments whose step is work, such as MuJoCo's. Each process draws the actions of its own environments, so that
+they need not wait for each other between the first step of a rollout and the last.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from lm_trust.child import Child
-
-Encode = Callable[[Any], np.ndarray] | None  # from an environment's observation to a row of numbers; None: it is one
-
-
-class Remote(gymnasium.Env):
-    """An environment in a child, as `Environments` uses one: its spaces are known here, its steps are done there."""
-
-    def __init__(self, env: gymnasium.Env, child: Child, index: int) -> None:
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self._child, self._index = child, index
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """As the environment itself, without its information."""
-        return self._child.call("reset", self._index, seed), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """As the environment itself, without its information."""
-        return *self._child.call("step", self._index, action), {}
-
-    def close(self) -> None:
-        """End the child, with all its environments."""
-        self._child.close()
+from lm_trust.control.acting import OfRows, Sampler
+from lm_trust.control.playing import play
+from lm_trust.control.vector import Environments, require_separate
+from lm_trust.core.processes import RowRange
 
 
-class Share:
-    """The environments from row `first` on that one child steps, all at once; the numbers go through shared memory."""
-
-    def __init__(self, envs: Sequence[gymnasium.Env], first: int, given: np.ndarray, size: int, encode: Encode) -> None:
-        self._rows = slice(first, first + len(envs))
-        self._actions = _shared(given[self._rows])
-        self._results = (
-            _shared(np.zeros((len(envs), size), np.float32)),
-            _shared(np.zeros(len(envs))),
-            _shared(np.zeros(len(envs), bool)),
-            _shared(np.zeros(len(envs), bool)),
-        )
-        self._child = Child(_Stepper(envs, encode, self._actions, self._results), "environment.processes")
-        self.envs = [Remote(env, self._child, index) for index, env in enumerate(envs)]
-
-    def start(self, given: np.ndarray) -> None:
-        """Begin a step of each, with the actions of all rows."""
-        self._actions[:] = given[self._rows]
-        self._child.start("step_all")
-
-    def finish(self, *arrays: np.ndarray) -> None:
-        """Put what they gave into this share's rows of the arrays: observations, rewards, terminated, truncated."""
-        self._child.finish()
-        for array, result in zip(arrays, self._results, strict=True):
-            array[self._rows] = result
-
-
-def shared_out(
-    envs: Sequence[gymnasium.Env], processes: int, given: np.ndarray, size: int, encode: Encode
-) -> tuple[list[gymnasium.Env], list[Share]]:
-    """The same environments, the first of `processes` even shares here and each other one in a child.
+class EnvironmentProcesses:
+    """`Environments` in even shares: this process has the first, a child each other one.
 
     Args:
-        envs: all of them.
+        name, envs, seed, placed: as of `Environments`.
         processes: this one and the children.
-        given: (B, ...) like the actions that environments take.
-        size: O, of an observation as `encode` makes it.
-        encode: of their observations.
+
+    Attributes:
+        name, count, observation_size, action_space, keeps_episodes: as of `Environments`.
 
     Raises:
-        UserError: this platform cannot fork.
+        UserError: as `Environments`; or this platform cannot fork.
     """
-    parts = [part.tolist() for part in np.array_split(np.arange(len(envs)), processes)]
-    shares = [Share([envs[row] for row in part], part[0], given, size, encode) for part in parts[1:]]
-    return [*(envs[row] for row in parts[0]), *(env for share in shares for env in share.envs)], shares
 
-
-class _Stepper:
-    """The child's side."""
+    keeps_episodes = True
 
     def __init__(
-        self, envs: Sequence[gymnasium.Env], encode: Encode, actions: np.ndarray, results: tuple[np.ndarray, ...]
+        self,
+        name: str,
+        envs: Sequence[gymnasium.Env],
+        *,
+        seed: int,
+        processes: int,
+        placed: RowRange | None = None,
     ) -> None:
-        self._envs, self._encode = list(envs), encode
-        self._actions, self._results = actions, results
+        require_separate(name, envs)
+        self.name, self.count = name, len(envs)
+        first, _, total = placed or RowRange(0, self.count, self.count)
+        parts = np.array_split(np.arange(self.count), processes)
+        self._rows = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+        shares = [
+            Environments(
+                name, envs[rows], seed=seed, placed=RowRange(first + rows.start, rows.stop - rows.start, total)
+            )
+            for rows in self._rows
+        ]
+        self._here = shares[0]
+        self.action_space, self.observation_size = self._here.action_space, self._here.observation_size
+        self._player = _Player(self._here)
+        self._children = [Child(_Player(share), "environment.processes") for share in shares[1:]]
 
-    def step_all(self) -> None:
-        observations, rewards, terminated, truncated = self._results
-        for row, (env, action) in enumerate(zip(self._envs, self._actions, strict=True)):
-            observation, rewards[row], terminated[row], truncated[row], _ = env.step(action)
-            observations[row] = observation if self._encode is None else self._encode(observation)
+    def play(self, draw: Sampler, steps: int) -> dict[str, np.ndarray]:
+        """As `playing.play` of them all, to the bit.
 
-    def step(self, index: int, action: Any) -> tuple[Any, float, bool, bool]:
-        return self._envs[index].step(action)[:4]
+        Raises:
+            UserError: the sampler cannot be sent to another process.
+        """
+        given = [(OfRows(draw, rows, self.count), steps) for rows in self._rows]
+        shares = self._in_each("play", given)
+        return {name: np.concatenate([share[name] for share in shares], axis=1) for name in shares[0]}
 
-    def reset(self, index: int, seed: int | None) -> Any:
-        return self._envs[index].reset(seed=seed)[0]
+    def state_dict(self) -> dict[str, Any]:
+        """As that of `Environments`."""
+        return self._here.joined(self._in_each("state_dict", [()] * len(self._rows)))
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all of a run's environments from those of each process's."""
+        return self._here.joined(states)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As that of `Environments`."""
+        for message in {words: None for said in self._in_each("load", [(state,)] * len(self._rows)) for words in said}:
+            warnings.warn(message, stacklevel=2)
+
+    def close(self) -> None:
+        """Close every environment, and end the children."""
+        self._here.close()
+        for child in self._children:
+            child.close()
+
+    def _in_each(self, method: str, given: Sequence[tuple]) -> list[Any]:
+        """What a method of `_Player` gives in each process.
+
+        All are waited for, even where one of them fails: an answer that nobody heard would be taken for the next one.
+        """
+        for child, arguments in zip(self._children, given[1:], strict=True):
+            child.start(method, *arguments)
+        results, errors = [], []
+        for result in (partial(getattr(self._player, method), *given[0]), *(child.finish for child in self._children)):
+            try:
+                results.append(result())
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return results
 
 
-def _shared(array: np.ndarray) -> np.ndarray:
-    """A copy that forks of this process write to as well."""
-    memory = multiprocessing.RawArray("b", max(array.nbytes, 1))
-    copy = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
-    copy[:] = array
-    return copy
+class _Player:
+    """One process's share."""
+
+    def __init__(self, environments: Environments) -> None:
+        self._environments = environments
+
+    def play(self, draw: Sampler, steps: int) -> dict[str, np.ndarray]:
+        return play(self._environments, draw, steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._environments.state_dict()
+
+    def load(self, state: dict[str, Any]) -> list[str]:
+        """What it warns of: here it might not be heard."""
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            self._environments.load_state_dict(state)
+        return [str(warning.message) for warning in caught]

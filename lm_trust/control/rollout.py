@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lm_trust.control.acting import sampler
 from lm_trust.control.evaluation import Episode, Remembering, evaluate_policy
 from lm_trust.control.normaliser import RewardNormaliser
+from lm_trust.control.playing import play
+from lm_trust.control.processes import EnvironmentProcesses
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.batch import Rollout
@@ -25,20 +27,6 @@ from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
 
 WINDOW = 100  # finished episodes that the reported return is a mean of
-
-
-class _Played(NamedTuple):
-    """What T steps gave.
-
-    Attributes:
-        arrays: time-major, (T, B, ...).
-        ended: step, unscaled return and length of each episode that ended.
-        steps: (T,) environments that took a step.
-    """
-
-    arrays: dict[str, np.ndarray]
-    ended: list[tuple[int, float, int]]
-    steps: np.ndarray
 
 
 class ControlTask:
@@ -62,7 +50,7 @@ class ControlTask:
 
     def __init__(
         self,
-        environments: Environments | VectorEnvironments,
+        environments: Environments | EnvironmentProcesses | VectorEnvironments,
         *,
         steps: int,
         gamma: float,
@@ -85,47 +73,28 @@ class ControlTask:
         self._episodes = 0
         self.finished_episodes: list[tuple[float, int, int]] = []
 
-    @torch.inference_mode()
-    def _play(self, policy: nn.Module, generator: torch.Generator) -> _Played:
-        """T steps of every environment."""
-        environments, count, steps = self.environments, self.environments.count, self.rollout_steps
-        observations = np.empty((steps + 1, count, environments.observation_size), np.float32)
-        observations[0] = environments.observations
-        draw, actions = sampler(policy, generator), None
-        rewards = np.empty((steps, count))
-        terminated, truncated, valid = (np.empty((steps, count), bool) for _ in range(3))
-        finals: list[tuple[int, int, np.ndarray]] = []
-        ended: list[tuple[int, float, int]] = []
-        for step in range(steps):
-            chosen = draw(observations[step])
-            if actions is None:
-                actions = np.empty((steps, *chosen.shape), chosen.dtype)
-            actions[step] = chosen
-            rewards[step], terminated[step], truncated[step], valid[step], final = environments.step(chosen)
-            observations[step + 1] = environments.observations
-            self._returns += rewards[step]
-            self._lengths += valid[step]
-            for row, observation in final.items():
-                finals.append((step, row, observation))
-                ended.append((step, float(self._returns[row]), int(self._lengths[row])))
-                self._returns[row], self._lengths[row] = 0.0, 0
-        successors = observations[1:].copy()
-        for step, row, observation in finals:
-            successors[step, row] = observation
-        arrays = {
-            "observations": observations[:-1],
-            "successors": successors,
-            "actions": actions,
-            "rewards": rewards,
-            "terminated": terminated,
-            "truncated": truncated,
-            "valid": valid,
-        }
-        return _Played(arrays, ended, valid.sum(1))
+    def _play(self, policy: nn.Module, generator: torch.Generator) -> dict[str, np.ndarray]:
+        """T steps of every environment; see `playing.play`."""
+        draw = sampler(policy, generator, self.rollout_steps, self.environments.count)
+        if isinstance(self.environments, EnvironmentProcesses):
+            return self.environments.play(draw, self.rollout_steps)
+        return play(self.environments, draw, self.rollout_steps)
 
-    def _count(self, played: _Played) -> None:
+    def _ended(self, played: dict[str, np.ndarray]) -> list[tuple[int, float, int]]:
+        """Step, unscaled return and length of each episode that ended here."""
+        found: list[tuple[int, float, int]] = []
+        ended = played["terminated"] | played["truncated"]
+        for step, (reward, valid) in enumerate(zip(played["rewards"], played["valid"], strict=True)):
+            self._returns += reward
+            self._lengths += valid
+            for row in ended[step].nonzero()[0]:
+                found.append((step, float(self._returns[row]), int(self._lengths[row])))
+                self._returns[row], self._lengths[row] = 0.0, 0
+        return found
+
+    def _count(self, played: dict[str, np.ndarray]) -> None:
         """Note the steps and the finished episodes of all processes, in the order of their steps."""
-        everyone = gathered((played.ended, played.steps))
+        everyone = gathered((self._ended(played), played["valid"].sum(1)))
         at_end = self.steps + np.cumsum(sum(steps for _, steps in everyone))
         episodes = sorted((episode for ended, _ in everyone for episode in ended), key=itemgetter(0))
         self.finished_episodes = [(total, length, int(at_end[step])) for step, total, length in episodes]
@@ -146,10 +115,9 @@ class ControlTask:
         if self.normalise_observations and getattr(policy, "normaliser", None) is None:
             raise UserError("normalise.observations: this policy has no `normaliser`; set it to false")
         generator = own_stream(self._generator)
-        result = together(lambda: self._play(policy, generator))
-        self._count(result)
-        # Not where they were played: a tensor of inference mode cannot be learnt from.
-        played = {name: _by_environment(array) for name, array in result.arrays.items()}
+        arrays = together(lambda: self._play(policy, generator))
+        self._count(arrays)
+        played = {name: _by_environment(array) for name, array in arrays.items()}
         rewards, ended = played["rewards"], played["terminated"] | played["truncated"]
         if self._reward_normaliser is not None:
             rewards = self._reward_normaliser(rewards, ended, played["valid"])

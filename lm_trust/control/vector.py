@@ -18,7 +18,6 @@ import gymnasium
 import numpy as np
 import torch
 
-from lm_trust.control.processes import shared_out
 from lm_trust.control.spaces import action_space, observation_encoder
 from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
@@ -50,7 +49,6 @@ class Environments:
         name: what messages call the environment.
         envs: the copies, alike but separate.
         seed: of which every episode's seed is a function.
-        processes: that step them, this one among them. The results are the same.
         placed: where they stand among the environments of the whole run; None: they are all.
 
     Attributes:
@@ -72,21 +70,18 @@ class Environments:
         envs: Sequence[gymnasium.Env],
         *,
         seed: int,
-        processes: int = 1,
         placed: RowRange | None = None,
     ) -> None:
-        if len({id(env) for env in envs}) < len(envs):
-            raise UserError(f"environment {name}: the factory returned one object twice, not a new one")
+        require_separate(name, envs)
         self.name = name
         self.count = len(envs)
         self._placed = placed or RowRange(0, self.count, self.count)
         self.action_space = action_space(envs[0].action_space, name)
         self.observation_size, self._encode = observation_encoder(envs[0].observation_space, name)
         self._seed = seed
-        given = self.action_space.to_environment(np.zeros((self.count, *self.action_space.shape), np.int64))
-        self.envs, self._shares = shared_out(envs, processes, given, self.observation_size, self._encode)
-        self._here = range(self.count - sum(len(share.envs) for share in self._shares))
+        self.envs = list(envs)
         self._step_functions = [env.step for env in self.envs]
+        given = self.action_space.to_environment(np.zeros((self.count, *self.action_space.shape), np.int64))
         self._log = np.empty((256, *given.shape), given.dtype)  # of what the environments were given
         self.reset()
 
@@ -115,20 +110,15 @@ class Environments:
         self._log[self._cursor] = given
         self._cursor += 1
 
-        shares = self._shares if rows is None else []
-        for share in shares:
-            share.start(given)
         encode = self._encode
         observations = self.observations.copy()
         rewards = np.zeros(self.count)
         terminated, truncated = np.zeros(self.count, bool), np.zeros(self.count, bool)
         valid = np.zeros(self.count, bool)
         valid[slice(None) if rows is None else list(rows)] = True
-        for row in self._here if rows is None else rows:
+        for row in range(self.count) if rows is None else rows:
             observation, rewards[row], terminated[row], truncated[row], _ = self._step_functions[row](given[row])
             observations[row] = observation if encode is None else encode(observation)
-        for share in shares:
-            share.finish(observations, rewards, terminated, truncated)
         # A sum of squares is the cheapest look at every number; where it overflows, the exact check decides.
         if not math.isfinite(np.vdot(observations, observations) + np.vdot(rewards, rewards)):
             self._require_finite(observations, "observation")
@@ -208,8 +198,8 @@ class Environments:
             )
         if not np.isfinite(encoded).all():
             raise UserError(
-                f"environment {self.name}, copy {row}: nan or infinity in the first observation of "
-                f"episode {episode} (reset seed {seed})"
+                f"environment {self.name}, copy {self._placed.first + row}: nan or infinity in the first "
+                f"observation of episode {episode} (reset seed {seed})"
             )
         return encoded
 
@@ -238,6 +228,16 @@ class Environments:
         if bad.any():
             row = int(bad.argmax())
             raise UserError(
-                f"environment {self.name}, copy {row}: nan or infinity in the {what} "
+                f"environment {self.name}, copy {self._placed.first + row}: nan or infinity in the {what} "
                 f"at step {self._cursor - self._started[row]} of episode {self._episodes[row]}"
             )
+
+
+def require_separate(name: str, envs: Sequence[gymnasium.Env]) -> None:
+    """Refuse copies of the environment `name` that are one object.
+
+    Raises:
+        UserError: they are.
+    """
+    if len({id(env) for env in envs}) < len(envs):
+        raise UserError(f"environment {name}: the factory returned one object twice, not a new one")

@@ -1,11 +1,13 @@
 """Drawing a rollout's actions in numpy: the same ones as the policy's distribution gives by the same noise."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from lm_trust.control import ActionSpace, MLPPolicy, ObservationNormaliser
-from lm_trust.control.acting import sampler
+from lm_trust.control.acting import OfRows, sampler
 from lm_trust.control.policies import ACTIVATIONS
 from lm_trust.core import DiagonalGaussian
 
@@ -39,7 +41,7 @@ def test_actions_are_those_of_the_distribution(kind, activation, seen):
         normaliser.update(torch.randn(seen, 5, generator=generator(2)) + 1.0)
     policy = lively(SPACES[kind], activation=activation, normaliser=normaliser)
     one, other = generator(3), generator(3)
-    draw = sampler(policy, one)
+    draw = sampler(policy, one, 5, len(OBSERVATIONS))
     given = OBSERVATIONS.copy()
     for _ in range(5):
         drawn = draw(given)
@@ -51,7 +53,7 @@ def test_actions_are_those_of_the_distribution(kind, activation, seen):
 
 
 def test_what_was_drawn_stays_when_more_is_drawn():
-    draw = sampler(lively(SPACES["continuous"]), generator(0))
+    draw = sampler(lively(SPACES["continuous"]), generator(0), 2, len(OBSERVATIONS))
     first = draw(OBSERVATIONS)
     kept = first.copy()
     draw(OBSERVATIONS)
@@ -61,7 +63,7 @@ def test_what_was_drawn_stays_when_more_is_drawn():
 def test_a_policy_in_float64_is_drawn_from_in_float64():
     policy = lively(SPACES["continuous"]).double()
     observations = OBSERVATIONS.astype(np.float64)
-    drawn = sampler(policy, generator(0))(observations)
+    drawn = sampler(policy, generator(0), 1, len(observations))(observations)
     expected = policy.distribution(torch.from_numpy(observations)).sample(generator(0)).numpy()
     np.testing.assert_allclose(drawn, expected, rtol=1e-12)
 
@@ -75,5 +77,25 @@ class Shifted(MLPPolicy):
 
 
 def test_a_derived_policys_own_distribution_is_what_is_drawn_from():
-    drawn = sampler(Shifted(5, SPACES["continuous"]), generator(0))(OBSERVATIONS)
+    drawn = sampler(Shifted(5, SPACES["continuous"]), generator(0), 1, 40)(OBSERVATIONS)
     assert (drawn > 90).all()
+
+
+@pytest.mark.parametrize(("make", "kind"), [*((MLPPolicy, kind) for kind in SPACES), (Shifted, "continuous")])
+def test_some_rows_elsewhere_get_the_same_actions_to_the_bit(make, kind):
+    policy, rows = make(5, SPACES[kind]), slice(3, 8)
+    whole = sampler(policy, generator(0), 4, len(OBSERVATIONS))
+    part = pickle.loads(pickle.dumps(OfRows(sampler(policy, generator(0), 4, len(OBSERVATIONS)), rows, 40)))
+    for step in range(4):
+        given = OBSERVATIONS + step
+        np.testing.assert_array_equal(part(given[rows]), whole(given)[rows])
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_two_short_rollouts_draw_what_a_long_one_does(kind):
+    policy, one, other = lively(SPACES[kind]), generator(0), generator(0)
+    given = OBSERVATIONS[:3]  # fewer numbers than torch draws at a time
+    long, short = sampler(policy, one, 4, 3), [sampler(policy, other, 2, 3) for _ in range(2)]
+    for draw in (short[0], short[0], short[1], short[1]):
+        np.testing.assert_array_equal(draw(given), long(given))
+    assert torch.equal(one.get_state(), other.get_state())

@@ -251,3 +251,7 @@ def test_an_id_that_a_module_registers(my_module):
 )
 def test_a_dotted_path_that_leads_nowhere(my_module, path, words):
     refused(lambda: make_environments(path.format(my_module), 2, seed=0), *words)
+
+
+def test_one_object_is_refused_whichever_process_it_is_for(my_module):
+    refused(lambda: make_environments(f"{my_module}:same", 2, seed=0, processes=2), "one object twice")
