@@ -15,8 +15,9 @@ def adam_step(optimizer: Adam) -> None:
     Args:
         optimizer: a fused Adam or AdamW with one parameter group, without AMSGrad.
     """
-    if not optimizer.state:  # the first step makes the moments
-        optimizer.step()
+    if not optimizer.state:  # the first step makes the moments, which are to outlive an inference mode
+        with torch.inference_mode(False):
+            optimizer.step()
         return
     (group,) = optimizer.param_groups
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

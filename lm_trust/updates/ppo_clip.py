@@ -90,11 +90,11 @@ class PPOClip:
             max_kl=max_kl,
             needs_gain=needs_gain,
             microbatch_size=self.microbatch_size,
+            autograd=not plain,
         )
         report.metrics = {"clip_fraction": sum(clipped) / max(len(clipped), 1), **report.metrics}
         return report
 
-    @torch.no_grad()
     def _pull_back(
         self, policy: nn.Module, parameters: list[nn.Parameter], minibatch: Batch, rows: int
     ) -> tuple[float, float]:
