@@ -64,6 +64,15 @@ def test_constant_returns_explain_nothing():
     assert fit(ValueCritic(Line()), returns=torch.ones(2, 3))["explained_variance"] is None
 
 
+def test_a_network_that_was_fitted_can_be_trained_by_others():
+    critic = ValueCritic(value_network(1))
+    fit(critic)
+    for _ in range(2):  # the second is added to the first
+        (critic.network(INPUTS) - RETURNS).square().mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in critic.parameters())
+    assert not any(each.is_inference() for state in critic._optimizer.state.values() for each in state.values())
+
+
 def test_masked_steps_may_hold_anything():
     clean, dirty = ValueCritic(Line()), ValueCritic(Line())
     expected = fit(clean)

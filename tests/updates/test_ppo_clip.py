@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lm_trust.control import ActionSpace, MLPPolicy
 from lm_trust.core import Categorical, DiagonalGaussian
 from lm_trust.core.batch import Batch
 from lm_trust.core.linearisation import Linearisation
@@ -386,3 +387,15 @@ def test_a_flat_batch_takes_the_same_steps():
     two = PPOClip(minibatches=1, learning_rate=0.01).step(flat, steps)
     torch.testing.assert_close(vector_of(flat), vector_of(policy), rtol=1e-6, atol=1e-8)
     assert two.step_kl == pytest.approx(one.step_kl, rel=1e-6)
+
+
+def test_nothing_of_the_epochs_that_needed_no_autograd_is_in_its_way_afterwards():
+    policy, rule = MLPPolicy(D, ActionSpace("discrete", V)).double(), PPOClip(minibatches=2, **SETTINGS)
+    batch = batch_for(policy)
+    rule.step(policy, batch)
+    for _ in range(2):  # the second is added to the first
+        (-policy.distribution(batch.observations).log_prob(batch.actions)[batch.mask].mean()).backward()
+    torch.optim.SGD(policy.parameters(), lr=0.1).step()
+    copy.deepcopy(rule).step(policy, batch)
+    moments = [each for state in rule.state_dict()["optimizer"]["state"].values() for each in state.values()]
+    assert moments and not any(each.is_inference() for each in moments)
