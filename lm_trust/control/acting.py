@@ -47,7 +47,7 @@ def sampler(policy: nn.Module, generator: torch.Generator, steps: int, count: in
 
 @dataclass(frozen=True, eq=False)
 class OfRows:
-    """What draws for some of a sampler's rows alone, what that would draw for them.
+    """Draws for some of a sampler's rows alone, in whatever process, what it would draw for them among all.
 
     All rows are computed, because how a product of matrices is rounded depends on how many there are.
     """

@@ -104,6 +104,15 @@ def test_a_saved_state_goes_on_exactly_with_another_number_of_processes(make):
         assert_same(expected, rollout(other, 7, seed=1))
 
 
+def test_some_rows_alone(make):
+    environments = make(1)
+    before = environments.observations
+    transition = environments.step(np.arange(5), rows=[1, 4])
+    assert transition.valid.tolist() == [False, True, False, False, True]
+    assert transition.rewards.tolist() == [0.0, 1.0, 0.0, 0.0, 4.0]
+    assert (environments.observations != before).any(1).tolist() == transition.valid.tolist()
+
+
 def test_an_environment_that_does_not_repeat_itself_is_warned_of_once(make):
     environments = make(3, name="Forgetful")
     rollout(environments, 2)
