@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_penalised_surrogate(gaussian):
         for parameter in policy.parameters():
             parameter.add_(0.3)
     rule = PPOPenalty(beta=2.5, entropy=0.1)
-    backward(policy, batch, rule._objective, others=[batch.old], microbatch_size=10)
+    backward(policy, batch, rule._weighed, others=[batch.old], microbatch_size=10)
     found = [parameter.grad.clone() for parameter in policy.parameters()]
 
     # by sampled divergences of one-sample estimators in expectation: here, torch's own distributions
