@@ -57,7 +57,7 @@ def trust_region_step(
     Args:
         policy: a module with `distribution(observations)`; its parameters with requires_grad move.
         observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted.
-        actions: (B, T), (B, T, A), (N,) or (N, A).
+        actions: (B, T), (B, T, A), (N,) or (N, A); possible ones where masked, too.
         advantages: (B, T) or (N,).
         mask: like advantages, True at real actions; None counts all.
         max_kl: bound on the mean exact KL(old || new), nats per step.
@@ -75,13 +75,14 @@ def trust_region_step(
         reference, reference_loss: subtract reference_loss * KL(new || reference), exact, from the objective.
         reference_budget: bound on the exact KL(new || reference), nats per row (sequence): the sum over a row's valid
             steps, its mean over rows. A policy that is over it already must come closer to the reference, whatever
-            the surrogate does.
+            the surrogate does (only where the surrogate's gradient is exactly zero is there no step at all).
 
     Returns:
         The report. Where it says not accepted, the parameters are bit-identical to before.
 
     Raises:
-        ValueError: a budget without a reference; or a holdout that leaves no row on one side.
+        ValueError: a budget without a reference; a holdout that leaves no row on one side; or shapes of actions,
+            advantages and mask that do not belong together.
     """
     parameters = trainable_parameters(policy)
     objective = SurrogateObjective(
@@ -184,6 +185,8 @@ def line_search(
                 report.reason = "kl_exceeded"
                 # KL grows with the square of the step: fractions that this rules out are not worth a pass each.
                 further = max(1, math.floor(math.log(max_kl / found.step_kl) / (2 * math.log(backtrack_ratio))))
+                # It may grow faster than that: the last fraction is tried before giving up.
+                further = min(further, max(1, max_backtracks - backtracks))
             elif found.reference_kl is not None and found.reference_kl > reference_limit:
                 report.reason = "budget_exceeded"
             elif needs_gain and not found.improves(price, accept_ratio * fraction * (full_gain or 0.0)):

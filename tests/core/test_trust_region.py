@@ -888,3 +888,25 @@ def test_a_fisher_far_below_the_damping_is_not_lost_in_single_precision():
     report = trust_region_step(policy, observations.float(), actions, advantages.float())
     assert report.accepted
     assert 0.8**2 * 0.9 * 0.01 < report.step_kl <= 0.01
+
+
+class Steep(nn.Module):
+    """A Gaussian whose mean grows so fast that its KL is far from quadratic in a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def distribution(self, observations):
+        mean = self.theta + 1e5 * self.theta**5
+        return DiagonalGaussian(mean.expand(len(observations), 1), torch.zeros(1, dtype=torch.float64))
+
+
+def test_a_kl_that_grows_faster_than_a_square_does_not_end_the_search():
+    policy, actions = Steep(), torch.ones(6, 1, dtype=torch.float64)
+    advantages = torch.ones(6, dtype=torch.float64)
+    report = trust_region_step(
+        policy, torch.zeros(6, 1), actions, advantages, max_kl=0.01, damping=0.0, max_backtracks=8, backtrack_ratio=0.8
+    )
+    assert report.accepted and 0 < report.step_kl <= 0.01
+    assert report.step_fraction == 0.8**report.backtracks

@@ -124,7 +124,7 @@ def test_a_coefficient_changes_nothing_in_a_batch_without_a_reference():
     assert torch.equal(vector_of(policy), vector_of(plain))
 
 
-def test_carries_nothing_from_step_to_step():
+def test_carries_nothing_of_a_policy_from_step_to_step():
     rule, policy, other = TRPO(), Policy(), Policy()
     rule.step(Policy(seed=5), batch_for(Policy(seed=5), seed=7))
     batch = batch_for(policy)
@@ -133,6 +133,20 @@ def test_carries_nothing_from_step_to_step():
     fresh.load_state_dict(rule.state_dict())
     fresh.step(other, batch)
     assert torch.equal(vector_of(policy), vector_of(other))
+
+
+def test_the_next_line_search_starts_where_the_last_one_ended():
+    settings = {"max_kl": 0.5, "damping": 0.0, "backtrack_ratio": 0.9}  # a long step overshoots
+    rule, policy = TRPO(**settings), Policy()
+    first = rule.step(policy, batch_for(policy))
+    assert first.accepted and first.backtracks > 0
+    saved = rule.state_dict()
+    assert saved["first_backtracks"] in (first.backtracks, first.backtracks - 1)
+    resumed, same, batch = TRPO(**settings), copy.deepcopy(policy), batch_for(policy, seed=2)
+    resumed.load_state_dict(saved)
+    one, two = rule.step(policy, batch), resumed.step(same, batch)
+    assert one == two and one.backtracks >= saved["first_backtracks"]
+    assert torch.equal(vector_of(policy), vector_of(same))
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.75])
