@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lm_trust.core.batch import row_chunks
 from lm_trust.core.processes import RowRange
 
 
@@ -28,7 +28,7 @@ def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> 
 
     Args:
         placed: the rows, of which this process holds some.
-        minibatches: parts that the pass is cut into.
+        minibatches: parts that the pass is cut into, equal to within a row; no more than there are rows.
         generator: in the same state in all processes.
 
     Returns:
@@ -36,7 +36,9 @@ def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> 
         and the minibatches.
     """
     order = torch.randperm(placed.total, generator=generator)
-    chunks = list(row_chunks(placed.total, -(-placed.total // minibatches)))
+    count = min(minibatches, placed.total)
+    edges = [placed.total * part // count for part in range(count + 1)] if count else []
+    chunks = [slice(start, stop) for start, stop in pairwise(edges)]
     if placed.count == placed.total:  # each selection would be of all
         return order, [Part(chunk, chunk.stop - chunk.start) for chunk in chunks]
     own = [placed.own(order[chunk]) for chunk in chunks]
