@@ -15,12 +15,12 @@ def adam_step(optimizer: Adam) -> None:
     Args:
         optimizer: a fused Adam or AdamW with one parameter group, without AMSGrad.
     """
-    if not optimizer.state:  # the first step makes the moments, which are to outlive an inference mode
-        with torch.inference_mode(False):
-            optimizer.step()
-        return
     (group,) = optimizer.param_groups
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    if any(parameter not in optimizer.state for parameter in parameters):
+        with torch.inference_mode(False):  # a first gradient makes the moments, which are to outlive an inference mode
+            optimizer.step()
+        return
     states = [optimizer.state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]
     functional = adamw if isinstance(optimizer, AdamW) else adam

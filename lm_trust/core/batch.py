@@ -56,7 +56,7 @@ class Batch:
 
     Attributes:
         observations: as in `Rollout`.
-        actions: (B, T), (B, T, A), (N,) or (N, A).
+        actions: (B, T), (B, T, A), (N,) or (N, A); possible ones where masked, too.
         old: the distribution that sampled, detached.
         old_log_prob: its log-probability of the actions, nats per step.
         advantages: like old_log_prob.
@@ -92,11 +92,18 @@ class Batch:
 
     def flattened(self) -> Batch:
         """The N real steps of (B, T) as single rows, for policies without memory. Observations are a tensor."""
-        return replace(self[self.mask], mask=None)
+        real = torch.ones_like(self.advantages, dtype=torch.bool) if self.mask is None else self.mask
+        return replace(self[real], mask=None)
 
 
 def row_chunks(count: int, size: int | None) -> Iterator[slice]:
-    """Slices that cover `count` rows, `size` at a time; one slice where size is None."""
+    """Slices that cover `count` rows, `size` at a time; one slice where size is None.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"{size} rows at a time: a microbatch has at least 1")
     size = count if size is None else size
     for start in range(0, count, max(size, 1)):
         yield slice(start, min(start + size, count))

@@ -186,6 +186,9 @@ class DiagonalGaussian:
     Args:
         mean: (B, T, A).
         log_std: broadcastable to mean; a state-independent (A,) vector is the usual case.
+
+    Raises:
+        ValueError: from `log_prob` and `score`, actions without an axis of A.
     """
 
     def __init__(self, mean: Tensor, log_std: Tensor) -> None:
@@ -198,7 +201,7 @@ class DiagonalGaussian:
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-density of actions (B, T, A), (B, T) in nats."""
-        standardised = (actions - self.mean) * torch.exp(-self.log_std)
+        standardised = self._deviation(actions) * torch.exp(-self.log_std)
         return (-0.5 * standardised.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
@@ -225,7 +228,7 @@ class DiagonalGaussian:
     def score(self, actions: Tensor) -> tuple[Tensor, ...]:
         """(z / sigma, z^2 - 1) with z = (action - mean) / sigma: by the mean and by the log-std, each (B, T, A)."""
         inverse = torch.exp(-self.log_std)
-        standardised = (actions - self.mean) * inverse
+        standardised = self._deviation(actions) * inverse
         return standardised * inverse, standardised.square() - 1
 
     def fisher_product(self, *tangents: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,6 +249,13 @@ class DiagonalGaussian:
 
     def __getitem__(self, rows: Any) -> DiagonalGaussian:
         return DiagonalGaussian(self.mean[rows], self.log_std[rows])
+
+    def _deviation(self, actions: Tensor) -> Tensor:
+        # (N,) actions of one dimension beside (N, 1) means would broadcast to N x N without a word.
+        if actions.ndim < self.mean.ndim or actions.shape[-1] != self.mean.shape[-1]:
+            given, wanted = tuple(actions.shape), tuple(self.mean.shape)
+            raise ValueError(f"actions of shape {given} for means of shape {wanted}: the last axis is the action's")
+        return actions - self.mean
 
 
 def per_step(function: Callable[..., Any], distributions: Sequence[Distribution], *tensors: Tensor) -> Any:

@@ -179,8 +179,7 @@ def _kl_hessian(policy: nn.Module, observations: Any, parameters: list[nn.Parame
 def _finite_difference(
     policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable
 ) -> Product:
-    start = [parameter.detach().clone() for parameter in parameters]
-    theta = flatten(start)
+    theta = flatten([parameter.detach() for parameter in parameters])
     with torch.no_grad():
         old = policy.distribution(observations).detach()
     spacing = torch.finfo(theta.dtype).eps ** 0.5 * (1 + theta.norm())
@@ -190,12 +189,13 @@ def _finite_difference(
         if length == 0:
             return torch.zeros_like(vector)
         step = spacing / length
+        present = [parameter.detach().clone() for parameter in parameters]  # they may have moved on from theta_old
         try:
             assign(parameters, theta + step * vector)
             moved = flatten(_kl_gradient(policy, observations, parameters, weights, old=old))
         finally:
             with torch.no_grad():
-                for parameter, value in zip(parameters, start, strict=True):
+                for parameter, value in zip(parameters, present, strict=True):
                     parameter.copy_(value)
         # The gradient at theta_old is zero, so one evaluation is the whole difference.
         return moved.detach() / step

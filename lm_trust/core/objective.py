@@ -109,6 +109,9 @@ class SurrogateObjective:
             raise ValueError("a bound on the reference KL needs a reference distribution in the batch")
         self.policy = policy
         self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+        if self.mask.shape != advantages.shape:
+            shapes = f"{tuple(advantages.shape)} and {tuple(self.mask.shape)}"
+            raise ValueError(f"advantages and mask of shapes {shapes}: one of each a step")
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None
         self.linearisation: Linearisation | None = None
@@ -307,6 +310,9 @@ def _objective(
     reference: Sequence[Distribution],
     reference_loss: float,
 ) -> tuple[Tensor, ...]:
+    if log_prob.shape != advantages.shape:  # they would broadcast to another mean
+        given, wanted = tuple(advantages.shape), tuple(log_prob.shape)
+        raise ValueError(f"advantages of shape {given} for steps of shape {wanted}: one of each a step")
     # A masked step may hold anything; a log-ratio of zero keeps it out of the value and of the gradient.
     objective = ratio(torch.where(mask, old_log_prob, 0.0), torch.where(mask, log_prob, 0.0)) * advantages
     divergences = [new.kl(other) for other in reference]

@@ -42,8 +42,10 @@ def gradient_preconditioner(gradient: Tensor, parameters: Sequence[nn.Parameter]
     factors = []
     for block in unflatten(gradient, parameters):
         block = _as_matrix(block)
-        _, scale, directions = torch.linalg.svd(block, full_matrices=False)
-        factors.append((directions, (floor / (scale.square() / len(block) + floor)).sqrt() - 1))
+        precise = torch.promote_types(block.dtype, torch.float32)  # nothing is decomposed in half precision
+        _, scale, directions = torch.linalg.svd(block.to(precise), full_matrices=False)
+        shrinkage = (floor / (scale.square() / len(block) + floor)).sqrt() - 1
+        factors.append((directions.to(block.dtype), shrinkage.to(block.dtype)))
 
     def apply(vector: Tensor) -> Tensor:
         blocks = [_as_matrix(block) for block in unflatten(vector, parameters)]

@@ -45,5 +45,8 @@ def coarse(
 
 def _with_rest(distribution: Categorical, places: Tensor) -> Categorical:
     log_probs = distribution.log_probs
-    rest = log_probs.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
+    others = log_probs.scatter(-1, places, -torch.inf)
+    # Where all others are ruled out, the gradient of their sum would be 0 / 0.
+    empty = (others == -torch.inf).all(-1, keepdim=True)
+    rest = torch.where(empty, -torch.inf, torch.where(empty, 0.0, others).logsumexp(-1, keepdim=True))
     return Categorical(torch.cat([log_probs.gather(-1, places), rest], dim=-1))

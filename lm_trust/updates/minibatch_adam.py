@@ -94,6 +94,9 @@ class MinibatchAdam:
             microbatch_size: rows measured at a time.
             autograd: whether `differentiate` needs it. Without it the epochs run in inference mode: on a small network
                 a tenth of their time is torch's keeping of versions and views.
+
+        Raises:
+            ValueError: the policy's trainable parameters are not those of the steps before.
         """
         reference = reference or ReferenceBudget(None, 0.0)
         parameters = trainable_parameters(policy)
@@ -123,28 +126,31 @@ class MinibatchAdam:
         report = StepReport(False, "non_finite", predicted_gain=None)
         if objective.reference_kl is not None:
             report.metrics["reference_kl_after"] = objective.reference_kl
-        with torch.inference_mode(not autograd):
-            finite = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
-        if not autograd:  # outside of that mode nothing could be added to these
-            policy.zero_grad()
+        try:
+            with torch.inference_mode(not autograd):
+                finite = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
+            if not autograd:  # outside of that mode nothing could be added to these
+                policy.zero_grad()
+            if finite:
+                needs_gain = needs_gain and not reference.began_over
+                _certify(
+                    objective,
+                    parameters,
+                    start,
+                    reference,
+                    report,
+                    max_kl=max_kl,
+                    needs_gain=needs_gain,
+                    price=price,
+                )
+        finally:
+            # Also where something raised, so that no error leaves the policy at a move that nobody certified.
+            if not report.accepted:
+                assign(parameters, flatten(start))
+                optimizer.load_state_dict(optimizer_start)
         if reference.budget is not None:
             report.metrics["reference_multiplier"] = reference.mean_multiplier
-        if finite:
-            needs_gain = needs_gain and not reference.began_over
-            _certify(
-                objective,
-                parameters,
-                start,
-                reference,
-                report,
-                max_kl=max_kl,
-                needs_gain=needs_gain,
-                price=price,
-            )
-        if not report.accepted:
-            assign(parameters, flatten(start))
-            optimizer.load_state_dict(optimizer_start)
-        elif reference.began_over:  # the gradients of the way back are no measure of those to come
+        if report.accepted and reference.began_over:  # the gradients of the way back are no measure of those to come
             optimizer.load_state_dict(optimizer_start)
             _forget_momentum(optimizer)
         report.gradient_norm = norms[0] if norms else 0.0
@@ -182,6 +188,9 @@ class MinibatchAdam:
             if self._saved_optimizer is not None:
                 self._optimizer.load_state_dict(self._saved_optimizer)
                 self._saved_optimizer = None
+        known = self._optimizer.param_groups[0]["params"]
+        if len(known) != len(parameters) or any(a is not b for a, b in zip(known, parameters, strict=True)):
+            raise ValueError("the policy trains other parameters than those whose moments Adam holds: make a new rule")
         if self._anneal:
             self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 - progress)
         return self._optimizer

@@ -108,7 +108,8 @@ class PPOClip:
             old_log_prob, log_prob, minibatch.advantages, clip=self.clip, clip_high=self.clip_high
         )
         mask = minibatch.mask
-        count = rows if mask is None else summed(mask.sum()).clamp_min(1)
+        steps_a_row = math.prod(minibatch.advantages.shape[1:])
+        count = rows * steps_a_row if mask is None else summed(mask.sum()).clamp_min(1)
         slope = (slope / -count).unsqueeze(-1)
         cotangents = [slope * part for part in distribution.score(minibatch.actions)]
         statistics = [outside.to(slope.dtype)]

@@ -34,9 +34,14 @@ class ReferenceBudget:
         multiplier: what is added to `loss` now, in the same units; never negative.
         mean_multiplier: its mean over the gradients of the present update.
         began_over: whether the policy was over the budget when the present update began.
+
+    Raises:
+        ValueError: a budget that is not positive.
     """
 
     def __init__(self, budget: float | None, loss: float) -> None:
+        if budget is not None and not budget > 0:
+            raise ValueError(f"a budget of {budget:g} nats: it must be positive")
         self.budget = budget
         self.loss = loss
         self.multiplier = 0.0

@@ -31,3 +31,20 @@ def test_it_is_the_optimisers_own_step(kind):
                 optimizer.load_state_dict(saved)
         networks.append([parameter.detach() for parameter in network.parameters()])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*networks, strict=True))
+
+
+def test_a_parameter_whose_first_gradient_comes_late_is_stepped_as_the_optimiser_would():
+    networks = []
+    for step in (adam_step, lambda optimizer: optimizer.step()):
+        generator = torch.Generator().manual_seed(0)
+        branches = nn.ModuleList(nn.Linear(3, 2) for _ in range(2))
+        with torch.no_grad():
+            for parameter in branches.parameters():
+                parameter.normal_(generator=generator)
+        optimizer = torch.optim.Adam(branches.parameters(), lr=0.01, eps=1e-5, fused=True)
+        for number in (0, 0, 1, 0, 1):
+            optimizer.zero_grad()
+            branches[number](torch.randn(5, 3, generator=generator)).square().sum().backward()
+            step(optimizer)
+        networks.append([parameter.detach() for parameter in branches.parameters()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*networks, strict=True))

@@ -519,3 +519,17 @@ def test_the_graph_goes_with_the_operator_and_does_not_wait_for_the_collector(me
         assert seen() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("method", ["finite_difference"])
+def test_a_policy_that_has_moved_on_stays_where_it_is(method):
+    policy, observations = discrete(), observed(4)
+    operator = FisherOperator(policy, observations, method=method)
+    vector = torch.randn(size_of(policy), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    first = operator(vector)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1)
+    moved = [parameter.detach().clone() for parameter in policy.parameters()]
+    torch.testing.assert_close(operator(vector), first)  # still of theta_old
+    assert all(torch.equal(parameter, value) for parameter, value in zip(policy.parameters(), moved, strict=True))

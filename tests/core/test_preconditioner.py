@@ -94,3 +94,13 @@ def test_six_iterations_do_what_ten_do_without_it_on_the_fisher_of_a_linear_laye
         return gradient @ x / (x @ fisher @ x).sqrt()
 
     assert gain(6, gradient_preconditioner(gradient, parameters)) > gain(10)
+
+
+def test_half_precision_has_one_too():
+    parameters, gradient = parameters_of((4, 6), (5,)), normal(29)
+    vector = normal(29)
+    whole = gradient_preconditioner(gradient, parameters)(vector)
+    rounded = [nn.Parameter(parameter.detach().bfloat16()) for parameter in parameters]
+    half = gradient_preconditioner(gradient.bfloat16(), rounded)(vector.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.to(whole.dtype), whole, rtol=0.05, atol=0.05)

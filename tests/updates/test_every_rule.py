@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,3 +198,78 @@ def test_a_bandit_learns_its_best_action(make):
         rule.step(policy, batch)
     assert earned[0] == pytest.approx(0.5)
     assert earned[-1] > 0.6 and probabilities.argmax() == 2
+
+
+@pytest.mark.parametrize("name", BY_ADAM)
+def test_a_rule_by_adam_serves_one_policy(name):
+    rule, policy, other = RULES[name](), Policy(), Policy(seed=5)
+    rule.step(policy, batch_for(policy))
+    before = vector_of(policy), vector_of(other)
+    with pytest.raises(ValueError, match="make a new rule"):
+        rule.step(other, batch_for(other))
+    assert torch.equal(vector_of(policy), before[0]) and torch.equal(vector_of(other), before[1])
+    policy.net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="make a new rule"):
+        rule.step(policy, batch_for(policy))
+
+
+class Failing(Policy):
+    """Raises at its n-th pass from now on."""
+
+    left = None
+
+    def distribution(self, observations):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("no room")
+        return super().distribution(observations)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+@pytest.mark.parametrize("name", RULES)
+def test_an_error_on_the_way_leaves_the_policy_as_it_was(name, passes):
+    rule, again, policy, plain = RULES[name](), RULES[name](), Failing(), Policy()
+    batch = batch_for(policy)
+    before = vector_of(policy)
+    policy.left = passes
+    try:
+        rule.step(policy, batch)
+    except MemoryError:
+        assert torch.equal(vector_of(policy), before)
+        if name == "trpo":  # draws nothing, so that the step is that of a rule that never failed
+            policy.left = None
+            rule.step(policy, batch)
+            again.step(plain, batch)
+            assert torch.equal(vector_of(policy), vector_of(plain))
+    else:
+        assert passes > 1 and name in ("natural_gradient", "trpo", "reinforce")  # over in fewer passes
+
+
+@every_rule
+def test_shapes_that_would_broadcast_are_refused(make):
+    policy = Policy("gaussian")
+    flat = batch_for(policy).flattened()
+    before = vector_of(policy)
+    with pytest.raises(ValueError, match="shape"):
+        make().step(policy, replace(flat, advantages=flat.advantages.unsqueeze(-1)))
+    with pytest.raises(ValueError, match="shape"):
+        make().step(policy, replace(flat, actions=flat.actions[:, :1]))
+    with pytest.raises(ValueError, match="shape"):
+        make().step(policy, replace(flat, mask=torch.ones(len(flat), 1, dtype=torch.bool)))
+    assert torch.equal(vector_of(policy), before)
+
+
+def test_a_batch_without_a_mask_flattens_to_all_of_its_steps():
+    batch = batch_for(Policy(), mask=None)
+    flat = batch.flattened()
+    assert flat.observations.shape == (len(batch) * batch.advantages.shape[1], 3) and flat.mask is None
+    assert torch.equal(flat.advantages, batch.advantages.flatten())
+
+
+def test_settings_that_mean_nothing_are_refused():
+    policy = Policy()
+    with pytest.raises(ValueError, match="at least 1"):
+        TRPO(microbatch_size=0).step(policy, batch_for(policy))
+    with pytest.raises(ValueError, match="positive"):
+        PPOClip(reference_budget=0.0)

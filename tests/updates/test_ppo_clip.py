@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -396,6 +397,18 @@ def test_nothing_of_the_epochs_that_needed_no_autograd_is_in_its_way_afterwards(
     for _ in range(2):  # the second is added to the first
         (-policy.distribution(batch.observations).log_prob(batch.actions)[batch.mask].mean()).backward()
     torch.optim.SGD(policy.parameters(), lr=0.1).step()
-    copy.deepcopy(rule).step(policy, batch)
+    copied, theirs = copy.deepcopy((rule, policy))
+    copied.step(theirs, batch)
+    assert not torch.equal(vector_of(theirs), vector_of(policy))
     moments = [each for state in rule.state_dict()["optimizer"]["state"].values() for each in state.values()]
     assert moments and not any(each.is_inference() for each in moments)
+
+
+def test_sequences_without_a_mask_are_their_single_steps():
+    policy, flat = (MLPPolicy(D, ActionSpace("discrete", V)).double() for _ in range(2))
+    batch = replace(batch_for(policy), mask=None)
+    rule = {**SETTINGS, "minibatches": 1, "target_kl": 10.0}
+    one, two = PPOClip(**rule).step(policy, batch), PPOClip(**rule).step(flat, batch.flattened())
+    torch.testing.assert_close(vector_of(flat), vector_of(policy), rtol=1e-6, atol=1e-8)
+    assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-9)
+    assert one.metrics["clip_fraction"] == pytest.approx(two.metrics["clip_fraction"])

@@ -194,3 +194,14 @@ def test_few_categories_of_what_is_not_one_category_are_refused(kind):
     with pytest.raises(UserError, match=r"update\.top_k: needs one discrete action a step; use null"):
         Projection(top_k=2).step(policy, batch_for(policy))
     assert torch.equal(vector_of(policy), start)
+
+
+@pytest.mark.parametrize("kept", [2, 3])
+def test_actions_that_are_all_ruled_out_have_no_part_in_the_gradient(kept):
+    logits = torch.tensor([[0.3, -0.2, -math.inf, -math.inf]], dtype=torch.float64, requires_grad=True)
+    own, _, place = coarse(Categorical(logits), Categorical(logits.detach()), torch.tensor([1]), kept)
+    assert own.log_probs[0, -1] == -math.inf
+    (gradient,) = torch.autograd.grad(own.log_prob(place).sum(), logits)
+    (expected,) = torch.autograd.grad(Categorical(logits).log_prob(torch.tensor([1])).sum(), logits)
+    torch.testing.assert_close(gradient[0, :2], expected[0, :2])
+    assert torch.isfinite(gradient).all()
