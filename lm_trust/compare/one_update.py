@@ -13,6 +13,7 @@ from typing import Any
 
 from lm_trust.compare.config import Candidate
 from lm_trust.compare.fresh_samples import fresh_gain, paired_improvement
+from lm_trust.compare.words import error_text
 from lm_trust.errors import UserError
 from lm_trust.training.build import build_world
 from lm_trust.training.build_update import build_update
@@ -133,8 +134,7 @@ def _row(candidate: Candidate, start: _Start) -> dict[str, Any]:
     try:
         _measure(candidate.config, start, row)
     except Exception as error:  # whatever it is, the other candidates are still worth their rows
-        message = " ".join(str(error).split())
-        row["error"] = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+        row["error"] = error_text(error)
     return row
 
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,17 @@ _PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy", "scipy")
 
 
 def make_report(
-    comparison: Comparison, limit: dict[str, Any] | None, one_update: dict[str, Any] | None
+    comparison: Comparison,
+    limit: dict[str, Any] | None,
+    one_update: dict[str, Any] | None,
+    errors: Mapping[str, str],
 ) -> tuple[dict[str, Any], pyarrow.Table]:
     """(report, results) from the run folders as they are, finished or not.
 
     Args:
         comparison: validated.
         limit, one_update: what the stages of these names found; None where there are none.
+        errors: by the names of the stages that failed, in a line.
     """
     config, language = comparison.config, comparison.language
     results = [read_cell(cell) for cell in comparison.cells]
@@ -63,6 +67,7 @@ def make_report(
         "improvement": improvement_table(curves, kls),
         "limit": limit,
         "one_update": one_update,
+        "errors": dict(errors),
         "completions": side_by_side(results, _shown_values(comparison, matched), config.seeds[0]) if language else [],
     }
     report["summary"] = summarise(report, curves)

@@ -12,7 +12,7 @@ from rich.console import Console
 from lm_trust.compare.config import Comparison
 from lm_trust.compare.report import PAGE, make_report, read_report, write_report
 from lm_trust.compare.running import check_free, check_unchanged, train_cells
-from lm_trust.errors import UserError
+from lm_trust.compare.words import error_text
 from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder, json_text
 
@@ -20,7 +20,7 @@ from lm_trust.training.run_folder import RunFolder, json_text
 def compare(comparison: Comparison) -> int:
     """Make the comparison, or what is missing of it, and its page.
 
-    A run that fails, or a stage, is reported in the page and does not stop the rest.
+    A run that fails, or a stage, is reported in the page and does not stop the rest; the next time it is tried again.
 
     Returns:
         The exit status: 0; 1 where something failed; 130 or 143 after a signal.
@@ -42,18 +42,20 @@ def _compare(comparison: Comparison, folder: RunFolder) -> int:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     status = train_cells(comparison.cells, comparison.config.jobs, tell)
-    limit = one_update = None
+    errors: dict[str, str] = {}
+    limit, study = _limit_key(comparison), _study_key(comparison)
     if not status:
-        limit = _stage("limit", folder, _limit_key(comparison), lambda: _limit(comparison), tell)
-        one_update = _stage("one_update", folder, _study_key(comparison), lambda: _study(comparison), tell)
-    report, rows = make_report(comparison, limit, one_update)
+        _stage("limit", folder, limit, lambda: _limit(comparison), tell, errors)
+        _stage("one_update", folder, study, lambda: _study(comparison), tell, errors)
+    found = _noted("limit", folder, limit), _noted("one_update", folder, study)
+    report, rows = make_report(comparison, *found, errors)
     write_report(comparison.output, report, rows)
     _write_page(comparison.output, report, rows)
     for sentence in report["summary"]:
         tell(f"- {sentence}")
     tell(f"Page: {comparison.output / PAGE}")
     failed = any(cell["status"] == "failed" for cell in report["cells"])
-    return status or int(failed)
+    return status or int(failed or bool(errors))
 
 
 def replot(output: Path) -> int:
@@ -74,24 +76,33 @@ def _write_page(output: Path, report: dict[str, Any], rows: Any) -> None:
 
 
 def _stage(
-    name: str, folder: RunFolder, key: Any, make: Callable[[], dict[str, Any]], tell: Callable[[str], None]
-) -> dict[str, Any] | None:
-    """What a stage found, now or, for the same key, before; None where it is not asked for, or failed."""
-    if key is None:
-        return None
-    path = folder.path / f"{name}.json"
-    if path.is_file():
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        if noted["of"] == key:
-            return noted["found"]
+    name: str,
+    folder: RunFolder,
+    key: Any,
+    make: Callable[[], dict[str, Any]],
+    tell: Callable[[str], None],
+    errors: dict[str, str],
+) -> None:
+    """Note what a stage finds, where it is asked for and not noted yet; why it failed goes into `errors`."""
+    if key is None or _noted(name, folder, key) is not None:
+        return
     tell(f"{name.replace('_', '-')} ...")
     try:
         found = make()
-    except UserError as error:
-        tell(f"{name}: FAILED: {error}")
+    except Exception as error:  # whatever it is, the runs are still worth their page
+        errors[name] = error_text(error)
+        tell(f"{name}: FAILED: {errors[name]}")
+        return
+    folder.replace(f"{name}.json", json_text({"of": key, "found": found}))
+
+
+def _noted(name: str, folder: RunFolder, key: Any) -> dict[str, Any] | None:
+    """What a stage found, now or earlier, for this key; None where it did not, or is not asked for."""
+    path = folder.path / f"{name}.json"
+    if key is None or not path.is_file():
         return None
-    folder.replace(path.name, json_text({"of": key, "found": found}))
-    return json.loads(path.read_text(encoding="utf-8"))["found"]
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    return noted["found"] if noted["of"] == key else None
 
 
 def _limit_key(comparison: Comparison) -> Any:

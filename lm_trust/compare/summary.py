@@ -45,6 +45,8 @@ def _runs(report: Line) -> list[str]:
         sentences.append(f"Runs of {_list(failed)} failed; what they said stands in the table of runs.")
     if report["same_start"]["checked"] and not report["same_start"]["equal"]:
         sentences.append("The rules did not start alike: their first batches differ, so nothing here is matched.")
+    stages = {"limit": "The estimate of the limit", "one_update": "The one-update study"}
+    sentences += [f"{stages[name]} failed: {error}" for name, error in report.get("errors", {}).items()]
     return sentences
 
 

@@ -1,6 +1,8 @@
-"""How the things of a comparison are written: numbers, knob values, cells."""
+"""How the things of a comparison are written: numbers, knob values, cells, errors."""
 
 from __future__ import annotations
+
+from lm_trust.errors import UserError
 
 
 def number_text(value: float) -> str:
@@ -26,3 +28,9 @@ def cell_text(rule: str, value: float | None) -> str:
 def cell_name(rule: str, value: float | None, seed: int) -> str:
     """A cell, as in "trpo 0.02, seed 0"."""
     return f"{cell_text(rule, value)}, seed {seed}"
+
+
+def error_text(error: Exception) -> str:
+    """An error in one line, with its kind where it is not a person's."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

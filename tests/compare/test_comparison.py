@@ -41,6 +41,8 @@ one_update: {iterations_before: 1, evaluations: 4, values: {trpo: [0.01]}}
 jobs: 2
 """
 
+STUDY = {"bounds": "nats", "iterations_before": 1, "rows": []}
+
 
 @pytest.fixture
 def files(tmp_path):
@@ -151,6 +153,38 @@ def test_a_comparison_from_its_file_to_its_page(files, capsys, monkeypatch):
         == 2
     )
     assert "holds a run with total_steps 160, which is 80 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [(UserError("rewards: broke"), "rewards: broke"), (RuntimeError("out of\nmemory"), "RuntimeError: out of memory")],
+)
+def test_a_study_that_fails_is_reported_and_the_page_is_made_without_it(files, monkeypatch, capsys, error, words):
+    def study(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lm_trust.compare.run.train_cells", lambda *_: 0)
+    monkeypatch.setattr("lm_trust.compare.one_update.one_update_study", study)
+    assert compare(files) == 1
+    assert f"one_update: FAILED: {words}" in capsys.readouterr().out
+    report = json.loads((files / "out/report.json").read_text())
+    assert report["one_update"] is None and report["errors"] == {"one_update": words}
+    assert f"<li>The one-update study failed: {words}</li>" in (files / "out/report.html").read_text()
+    monkeypatch.setattr("lm_trust.compare.one_update.one_update_study", lambda *_, **__: STUDY)
+    assert compare(files) == 0  # it is tried again
+    assert json.loads((files / "out/report.json").read_text())["errors"] == {}
+
+
+def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison(files, monkeypatch):
+    monkeypatch.setattr("lm_trust.compare.run.train_cells", lambda *_: 0)
+    monkeypatch.setattr("lm_trust.compare.one_update.one_update_study", lambda *_, **__: STUDY)
+    assert compare(files) == 0
+    monkeypatch.setattr("lm_trust.compare.run.train_cells", lambda *_: 143)
+    assert compare(files) == 143
+    assert json.loads((files / "out/report.json").read_text())["one_update"] == STUDY
+    # A study of other settings is neither shown nor begun.
+    assert compare(files, "--one_update.evaluations", "5") == 143
+    assert json.loads((files / "out/report.json").read_text())["one_update"] is None
 
 
 def test_what_another_process_writes_to_is_left_alone(files, capsys):
