@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lm_trust.compare.statistics import known
 from lm_trust.training.compare_curves import COLOURS
 from lm_trust.training.plots import BLUE, GREEN, GREY, INK, PURPLE, VERMILION
 
@@ -70,11 +71,6 @@ def rule_styles(names: Iterable[str]) -> dict[str, RuleStyle]:
         name: RuleStyle(COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)], symbols[index % len(symbols)])
         for index, name in enumerate(names)
     }
-
-
-def known(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rounded(values: Iterable[Any]) -> list[float | None]:

@@ -22,14 +22,13 @@ from lm_trust.compare.figure_parts import (
     error_bars,
     figure,
     identity,
-    known,
     layout,
     line,
     rounded,
     safe,
     spread,
 )
-from lm_trust.compare.statistics import bootstrap_mean
+from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
 

@@ -18,7 +18,6 @@ from lm_trust.compare.figure_parts import (
     faint,
     figure,
     identity,
-    known,
     layout,
     line,
     points,
@@ -26,6 +25,7 @@ from lm_trust.compare.figure_parts import (
     safe,
     spread,
 )
+from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_text, knob_text
 from lm_trust.training.compare_curves import group_curve
 from lm_trust.training.plots import INK

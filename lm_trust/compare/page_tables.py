@@ -6,8 +6,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from lm_trust.compare.figure_parts import Line, known
+from lm_trust.compare.figure_parts import Line
 from lm_trust.compare.figures import limit_at
+from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_name, knob_text, nats_text, number_text
 
 # By chance all n runs of one rule are above, or below, all n of another in 2 of (2 n over n) orders: for fewer than

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_trust.compare.fresh_samples import clustered_mean
 from lm_trust.compare.frontier import Curve, reward_at
-from lm_trust.compare.statistics import bootstrap_mean
+from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import nats_text, number_text
 
 Line = dict[str, Any]
@@ -200,6 +200,7 @@ def _costs(report: Line) -> list[str]:
 def _one_update(report: Line) -> list[str]:
     study = report.get("one_update")
     rows = [row for row in study["rows"] if not row["error"]] if study else []
+    rows = [row for row in rows if known(row["batch_gain"]) and known(row["fresh_gain"])]
     words = []
     for rule in dict.fromkeys(row["rule"] for row in rows):
         of_rule = [row for row in rows if row["rule"] == rule]

@@ -117,6 +117,7 @@ def test_what_fresh_samples_confirm():
         {"rule": "trpo", "error": None, "batch_gain": 0.2, "fresh_gain": 0.05},
         {"rule": "trpo", "error": None, "batch_gain": 0.2, "fresh_gain": 0.15},
         {"rule": "trpo", "error": "broke", "batch_gain": None, "fresh_gain": None},
+        {"rule": "trpo", "error": None, "batch_gain": 9.0, "fresh_gain": None},  # it was not finite
     ]
     text = " ".join(summarise(report_of(curves, one_update={"rows": rows}), curves))
     assert "trpo 0.2 and 0.1." in text
