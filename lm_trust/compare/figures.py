@@ -60,7 +60,10 @@ def frontier_figure(report: Line, styles: Styles) -> dict[str, Any]:
     if len(report.get("seeds") or ()) < 2:
         caption[1] = "Lines: one seed, so no interval can be given, and no difference here is supported by one."
     if report.get("world") == "control":
-        caption.append("Faint marks: single runs; marks with bars: the mean of a rule with one knob value.")
+        caption.append(
+            "Faint marks: single runs; marks with bars: the mean of a rule with one knob value, "
+            "where all of its seeds finished."
+        )
     if limit:
         caption.append(
             "Dotted: the tilted reference, the most that any policy can get for that KL; stars: best of n samples of "
@@ -136,11 +139,11 @@ def _measured_cells(report: Line, rule: str) -> list[Line]:
 
 
 def _lone_means(report: Line, styles: Styles) -> list[Trace]:
-    """The mean over the seeds of each rule of a control comparison that has no line, having one knob value."""
+    """The mean over all seeds of each rule of a control comparison that has no line, having one knob value."""
     traces = []
     for rule, style in styles.items():
         rows = _measured_cells(report, rule)
-        if len(rows) < 2 or len({cell["value"] for cell in rows}) > 1:
+        if len(rows) < max(2, len(report["seeds"])) or len({cell["value"] for cell in rows}) > 1:
             continue
         kl = float(np.mean([cell["step_kl"] for cell in rows]))
         reward, low, high = bootstrap_mean([cell["reward"] for cell in rows])

@@ -55,48 +55,69 @@ def _matched_kls(report: Line) -> list[float]:
 
 
 def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[str]:
-    rows = sorted(
-        (row for row in report["matched"] if row["kl"] == kl and row["mean"] is not None),
-        key=lambda row: -row["mean"],
-    )
+    here = [row for row in report["matched"] if row["kl"] == kl]
+    rows = sorted((row for row in here if row["mean"] is not None), key=lambda row: -row["mean"])
+    unranked = [row["rule"] for row in here if row["mean"] is None]
     place = f"At {nats_text(kl)} of {of}"
     if not rows:
         return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
-    sentences = _ranking(place, rows, lambda best, row: paired_difference(curves, kl, best, row))
-    return sentences + _share_of_limit(report, rows[0])
+    return [
+        *_ranking(place, rows, unranked, lambda best, row: paired_difference(curves, kl, best, row)),
+        *_unranked(unranked, "did not reach it"),
+        *_share_of_limit(report, rows[0]),
+    ]
 
 
 def _finals(report: Line) -> list[str]:
     """How the rules end, where they are compared at no KL and have one knob value each."""
     if report["matched"] or any(len(rule["values"]) > 1 for rule in report["rules"]):
         return []
-    rewards: dict[str, dict[int, float]] = {}
+    rewards: dict[str, dict[int, float]] = {rule["name"]: {} for rule in report["rules"]}
     for cell in report["cells"]:
-        if cell.get("reward") is not None:
-            rewards.setdefault(cell["rule"], {})[cell["seed"]] = cell["reward"]
-    rows = []
+        if known(cell.get("reward")):
+            rewards[cell["rule"]][cell["seed"]] = cell["reward"]
+    if len(rewards) < 2 or not any(rewards.values()):
+        return []
+    rows, unranked = [], []
     for rule, of_seeds in rewards.items():
-        mean, low, high = bootstrap_mean(list(of_seeds.values()))
-        rows.append({"rule": rule, "mean": mean, "low": low, "high": high})
+        if len(of_seeds) < len(report["seeds"]):
+            unranked.append(rule)
+        else:
+            mean, low, high = bootstrap_mean(list(of_seeds.values()))
+            rows.append({"rule": rule, "mean": mean, "low": low, "high": high})
+    if not rows:
+        return ["At the end there is nothing to compare: no rule finished with all seeds."]
     rows.sort(key=lambda row: -row["mean"])
 
     def difference(best: Line, row: Line) -> Interval:
         return _paired(rewards[best["rule"]], rewards[row["rule"]])
 
-    return _ranking("At the end", rows, difference) if len(rows) > 1 else []
+    sentences = _ranking("At the end", rows, unranked, difference)
+    return [*sentences, *_unranked(unranked, "did not finish")]
 
 
-def _ranking(place: str, rows: Sequence[Line], difference: Callable[[Line, Line], Interval]) -> list[str]:
-    """Which rule has the highest mean, and whose lead is supported; `rows` are not empty, the highest first.
+def _unranked(rules: Sequence[str], what: str) -> list[str]:
+    return [f"Not ranked, because a seed {what}: {_list(rules)}."] if rules else []
+
+
+def _ranking(
+    place: str, rows: Sequence[Line], unranked: Sequence[str], difference: Callable[[Line, Line], Interval]
+) -> list[str]:
+    """Which rule has the highest mean, and whose lead is supported.
 
     Args:
         place: where that is, as a sentence begins.
-        rows: rule, mean, low, high.
-        difference: the interval of the first row's lead over another; None: there is none.
+        rows: rule, mean, low, high of one or more rules, the highest first; each mean is over all seeds, because the
+            survivors of a rule that lost one would flatter it.
+        unranked: the other rules.
+        difference: the interval of the first row's lead over another, which can reach below zero and not lie there;
+            None: there is none.
     """
     best = rows[0]
     level = [row["rule"] for row in rows if row["mean"] == best["mean"]]
     others = [row for row in rows if row["rule"] not in level]
+    if len(rows) == 1 and unranked:
+        return [f"{place} only {best['rule']} can be ranked; its mean reward is {_estimate(best)}."]
     if len(level) == 1:
         it, its = "it", "its"
         sentences = [f"{place} {best['rule']} has the highest mean reward, {_estimate(best)}."]

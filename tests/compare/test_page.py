@@ -226,6 +226,9 @@ def test_a_control_rule_with_one_value_is_drawn_as_its_mean(tmp_path):
     assert mean["y"] == [pytest.approx(sum(rewards) / len(rewards), rel=1e-3)]
     assert mean["x"] == [pytest.approx(sum(cell["step_kl"] for cell in cells) / len(cells), rel=1e-3)]
     assert mean["error_y"]["array"] == [pytest.approx(max(rewards) - mean["y"][0], rel=2e-2)]  # three seeds at most
+    cells[0]["reward"] = None  # the survivors' mean would flatter it
+    figure = make(report, rows, tmp_path).figures["figure-frontier"]
+    assert not [one for one in figure["data"] if one["meta"]["rule"] == "ppo_penalty" and "error_y" in one]
 
 
 def test_a_kl_that_nobody_reached_takes_no_room(language, tmp_path):

@@ -75,6 +75,37 @@ def test_rules_that_are_matched_nowhere_are_compared_at_their_end():
     assert "At the end" not in " ".join(summarise(report, curves))
 
 
+def at_the_end(**rewards):
+    """The sentences of a comparison at no KL, of these rewards by rule and seed; None: that run failed."""
+    cells = [
+        {"rule": rule, "seed": seed, "status": "finished" if reward else "failed", "reward": reward, "iterations": 0}
+        for rule, of_seeds in rewards.items()
+        for seed, reward in enumerate(of_seeds)
+    ]
+    report = report_of([curve(rule, seed, 0.5) for rule in rewards for seed in range(3)], matched=[], cells=cells)
+    return " ".join(summarise({**report, "rules": [rule | {"values": []} for rule in report["rules"]]}, []))
+
+
+def test_the_end_ranks_only_rules_with_all_seeds_and_names_the_others():
+    text = at_the_end(a=(5.0, 5.1, None), b=(6.0, 6.1, -10.0), c=(4.0, 4.0, 4.1), d=(7.0, None, None))
+    assert "At the end c has the highest mean reward, 4.03" in text
+    assert "Not ranked, because a seed did not finish: a and d." in text
+    text = at_the_end(trpo=(3000.0, 1000.0, 800.0), ppo=(2900.0, None, None))
+    assert "At the end only trpo can be ranked; its mean reward is 1,600 [800, 3,000]." in text
+    assert "At the end there is nothing to compare" in at_the_end(a=(1.0, 2.0, None), b=(3.0, None, 4.0))
+    assert "At the end" not in at_the_end(a=(None, None, None), b=(None, None, None))
+
+
+def test_the_rules_that_did_not_reach_a_kl_with_all_seeds_are_named():
+    curves = [curve(rule, seed, 0.5) for rule in ("trpo", "b") for seed in range(3)]
+    short = [Curve(rule, 1.0, seed, np.array([0.0, 1.0]), np.array([0.1, 0.9])) for rule in "cd" for seed in range(3)]
+    text = " ".join(summarise(report_of(curves + short), curves + short))
+    assert "trpo and b share the highest mean reward" in text
+    assert "Not ranked, because a seed did not reach it: c and d." in text
+    text = " ".join(summarise(report_of(curves[:3] + short), curves[:3] + short))
+    assert "At 2 nats of reference KL only trpo can be ranked; its mean reward is 0.5 [0.5, 0.5]." in text
+
+
 def test_the_difference_is_that_of_a_paired_t_test():
     one, other = [0.5, 0.9, 0.4], [0.45, 0.7, 0.41]
     curves = [curve("one", seed, reward) for seed, reward in enumerate(one)]
