@@ -128,7 +128,7 @@ class Comparison:
     Attributes:
         config: what the file says.
         output: its folder.
-        cells: every run, seed by seed, so that an early end leaves whole seeds.
+        cells: every run, seed by seed, so that an early end leaves whole seeds, of which `--seeds` makes a page.
         candidates: of the one-update study.
     """
 

@@ -5,8 +5,8 @@ they started. A rule is given its best knob value at each KL, the same for all s
 best of several means flatters too, the more the more values a rule has been tried with, and no interval here knows of
 that choice: give each rule as many values.
 
-A rule counts as having reached a KL where every seed of the comparison has. The mean over the seeds that got there
-would leave out those that failed.
+A rule counts as having reached a KL where every seed of the comparison has, `seeds` of them: as many as were asked for,
+whatever became of their runs. The mean over the seeds that got there would leave out those that failed.
 """
 
 from __future__ import annotations
@@ -56,14 +56,13 @@ def reward_at(curve: Curve, kl: float) -> float | None:
     return None
 
 
-def frontier(curves: Sequence[Curve], grid: np.ndarray) -> list[dict[str, Any]]:
+def frontier(curves: Sequence[Curve], grid: np.ndarray, *, seeds: int) -> list[dict[str, Any]]:
     """Each rule's best mean reward over all seeds at the KLs of the grid that it reached.
 
     Returns:
         An entry a rule, in the curves' order: {"rule", "kl", "reward", "low", "high", "value"}, lists of equal length:
         the mean over seeds, the ends of its 95 % interval (None for a single seed) and the knob value that it is of.
     """
-    seeds = _seeds(curves)
     entries = []
     for rule, members in _by_rule(curves).items():
         found = [(float(kl), _best(members, kl)) for kl in grid]
@@ -80,7 +79,7 @@ def frontier(curves: Sequence[Curve], grid: np.ndarray) -> list[dict[str, Any]]:
     return entries
 
 
-def matched_table(curves: Sequence[Curve], kls: Sequence[float]) -> list[dict[str, Any]]:
+def matched_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: int) -> list[dict[str, Any]]:
     """Each rule at each KL, by its best knob value there.
 
     Returns:
@@ -88,7 +87,6 @@ def matched_table(curves: Sequence[Curve], kls: Sequence[float]) -> list[dict[st
         interquartile mean over the seeds. Where not all seeds reached the KL they are None, `value` is the one with
         which most did (None where none did), and `reached` says how many.
     """
-    seeds = _seeds(curves)
     rows = []
     for kl in kls:
         for rule, members in _by_rule(curves).items():
@@ -104,14 +102,13 @@ def matched_table(curves: Sequence[Curve], kls: Sequence[float]) -> list[dict[st
     return rows
 
 
-def improvement_table(curves: Sequence[Curve], kls: Sequence[float]) -> list[dict[str, Any]]:
+def improvement_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: int) -> list[dict[str, Any]]:
     """The probability that a run of one rule is better than a run of another, each by its best knob value at the KL.
 
     Returns:
         Rows {"kl", "rule", "other", "probability", "low", "high"}: P(rule > other), for every ordered pair of rules
         that all seeds of both reached.
     """
-    seeds = _seeds(curves)
     rows = []
     for kl in kls:
         found = {rule: _best(members, kl).rewards for rule, members in _by_rule(curves).items()}
@@ -150,8 +147,3 @@ def _by_rule(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
     for curve in curves:
         members.setdefault(curve.rule, []).append(curve)
     return members
-
-
-def _seeds(curves: Sequence[Curve]) -> int:
-    """How many the comparison has; all rules have the same."""
-    return len({curve.seed for curve in curves})

@@ -45,8 +45,8 @@ def make_report(
     config, language = comparison.config, comparison.language
     results = [read_cell(cell) for cell in comparison.cells]
     curves = curves_of(results, language=language)
-    kls = list(config.matched_kl)
-    matched = matched_table(curves, kls)
+    kls, seeds = list(config.matched_kl), len(config.seeds)
+    matched = matched_table(curves, kls, seeds=seeds)
     report = {
         "title": config.title or comparison.output.name.replace("_", " "),
         "world": "language" if language else "control",
@@ -62,9 +62,9 @@ def make_report(
         "cells": [one.summary for one in results],
         "same_start": same_start(results),
         "trajectories": [one.trajectory for one in results if one.trajectory],
-        "frontier": frontier(curves, _grid(curves)) if curves else [],
+        "frontier": frontier(curves, _grid(curves), seeds=seeds) if curves else [],
         "matched": matched,
-        "improvement": improvement_table(curves, kls),
+        "improvement": improvement_table(curves, kls, seeds=seeds),
         "limit": limit,
         "one_update": one_update,
         "errors": dict(errors),

@@ -55,9 +55,12 @@ def _matched_kls(report: Line) -> list[float]:
 
 
 def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[str]:
-    here = [row for row in report["matched"] if row["kl"] == kl]
-    rows = sorted((row for row in here if row["mean"] is not None), key=lambda row: -row["mean"])
-    unranked = [row["rule"] for row in here if row["mean"] is None]
+    rows = sorted(
+        (row for row in report["matched"] if row["kl"] == kl and row["mean"] is not None),
+        key=lambda row: -row["mean"],
+    )
+    ranked = {row["rule"] for row in rows}
+    unranked = [rule["name"] for rule in report["rules"] if rule["name"] not in ranked]
     place = f"At {nats_text(kl)} of {of}"
     if not rows:
         return [f"{place} there is nothing to compare: no rule reached it with all seeds."]

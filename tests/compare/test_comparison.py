@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
 from lm_trust.cli import main
 from lm_trust.compare.config import load_comparison
+from lm_trust.compare.frontier import Curve
+from lm_trust.compare.report import make_report
 from lm_trust.compare.results import read_cell
 from lm_trust.compare.running import train_cells
 from lm_trust.errors import UserError
@@ -185,6 +188,18 @@ def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison
     # A study of other settings is neither shown nor begun.
     assert compare(files, "--one_update.evaluations", "5") == 143
     assert json.loads((files / "out/report.json").read_text())["one_update"] is None
+
+
+def test_the_report_counts_the_seeds_that_were_asked_for(files, monkeypatch):
+    """Of three the third has finished for no rule."""
+    kl, reward = np.array([0.001, 0.01]), np.array([0.0, 9.0])
+    curves = [Curve(rule, None, seed, kl, reward) for rule in ("trpo", "ppo_clip") for seed in (0, 1)]
+    monkeypatch.setattr("lm_trust.compare.report.curves_of", lambda *_, **__: curves)
+    report, _ = make_report(load(files, ("seeds", "[0, 1, 2]")), None, None, {})
+    assert [(row["seeds"], row["reached"], row["mean"]) for row in report["matched"]] == [(3, 2, None)] * 2
+    assert report["improvement"] == [] and [entry["kl"] for entry in report["frontier"]] == [[], []]
+    report, _ = make_report(load(files), None, None, {})
+    assert [(row["seeds"], row["mean"]) for row in report["matched"]] == [(2, pytest.approx(1.0))] * 2
 
 
 def test_what_another_process_writes_to_is_left_alone(files, capsys):

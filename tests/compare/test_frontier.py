@@ -77,7 +77,7 @@ def sweep():
 
 
 def test_the_frontier_takes_the_best_knob_value_that_all_seeds_reach():
-    trpo, ppo = frontier(sweep(), np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]))
+    trpo, ppo = frontier(sweep(), np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]), seeds=3)
     assert trpo["rule"] == "trpo"
     assert trpo["kl"] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert trpo["value"][1:] == [0.01, 0.01, 0.03, 0.03]
@@ -90,13 +90,23 @@ def test_the_frontier_takes_the_best_knob_value_that_all_seeds_reach():
     json.dumps([trpo, ppo], allow_nan=False)
 
 
+def test_a_seed_that_no_rule_has_is_missing_all_the_same():
+    """Of four that were asked for three have finished, or the fourth failed for every rule."""
+    assert all(entry["kl"] == [] for entry in frontier(sweep(), [1.0], seeds=4))
+    assert [(row["seeds"], row["reached"], row["mean"]) for row in matched_table(sweep(), [1.0], seeds=4)] == [
+        (4, 3, None),
+        (4, 3, None),
+    ]
+    assert improvement_table(sweep(), [1.0], seeds=4) == []
+
+
 def test_one_knob_value_serves_all_seeds():
     """Each seed by its own best value would have 1.0; the better of the two values has 0.6."""
     runs = [
         *(straight(slope, value=0.01, seed=seed) for seed, slope in enumerate((1.0, 0.2))),
         *(straight(slope, value=0.03, seed=seed) for seed, slope in enumerate((0.1, 1.0))),
     ]
-    (entry,) = frontier(runs, [1.0])
+    (entry,) = frontier(runs, [1.0], seeds=2)
     assert entry["reward"] == pytest.approx([0.6])
     assert entry["value"] == [0.01]
 
@@ -104,18 +114,18 @@ def test_one_knob_value_serves_all_seeds():
 def test_a_value_with_a_missing_seed_gives_way_to_one_with_all():
     runs = [straight(slope, value=0.01, seed=seed) for seed, slope in enumerate((0.9, 0.9))]
     runs += [straight(slope, value=0.03, seed=seed) for seed, slope in enumerate((0.2, 0.3, 0.4))]
-    (entry,) = frontier(runs, [1.0])
+    (entry,) = frontier(runs, [1.0], seeds=3)
     assert entry["value"] == [0.03]
     assert entry["reward"] == pytest.approx([0.3])
 
 
 def test_a_rule_that_lost_a_seed_altogether_is_not_shown_by_its_survivors():
     runs = [straight(0.5, seed=seed) for seed in range(3)] + [straight(0.9, rule="ppo", seed=seed) for seed in range(2)]
-    trpo, ppo = frontier(runs, [1.0])
+    trpo, ppo = frontier(runs, [1.0], seeds=3)
     assert trpo["kl"] == [1.0]
     assert ppo == {"rule": "ppo", "kl": [], "reward": [], "low": [], "high": [], "value": []}
-    assert not improvement_table(runs, [1.0])
-    assert [(row["mean"], row["reached"]) for row in matched_table(runs, [1.0])] == [(0.5, 3), (None, 2)]
+    assert not improvement_table(runs, [1.0], seeds=3)
+    assert [(row["mean"], row["reached"]) for row in matched_table(runs, [1.0], seeds=3)] == [(0.5, 3), (None, 2)]
 
 
 def test_control_has_a_curve_a_seed_through_its_knob_values():
@@ -124,14 +134,14 @@ def test_control_has_a_curve_a_seed_through_its_knob_values():
         for rule in ("a", "b")
         for seed in (0, 1)
     ]
-    for entry in frontier(runs, [0.005, 0.02, 0.03]):
+    for entry in frontier(runs, [0.005, 0.02, 0.03], seeds=2):
         assert entry["kl"] == [0.02, 0.03]
         assert entry["reward"] == pytest.approx([205, 310])
         assert entry["value"] == [None, None]
 
 
 def test_the_matched_table():
-    rows = matched_table(sweep(), [1.0, 4.0])
+    rows = matched_table(sweep(), [1.0, 4.0], seeds=3)
     assert [(row["kl"], row["rule"]) for row in rows] == [(1.0, "trpo"), (1.0, "ppo"), (4.0, "trpo"), (4.0, "ppo")]
     first, _, third, last = rows
     assert first == {
@@ -148,26 +158,28 @@ def test_the_matched_table():
 
 
 def test_the_matched_table_of_four_seeds_has_its_own_interquartile_mean():
-    rows = matched_table([straight(slope, seed=seed) for seed, slope in enumerate((0.1, 0.2, 0.4, 9.0))], [1.0])
+    rows = matched_table(
+        [straight(slope, seed=seed) for seed, slope in enumerate((0.1, 0.2, 0.4, 9.0))], [1.0], seeds=4
+    )
     assert rows[0]["iqm"] == pytest.approx(0.3)
     assert rows[0]["mean"] == pytest.approx(2.425)
 
 
 def test_where_nobody_gets_there_no_value_is_named():
-    (row,) = matched_table([straight(0.5)], [9.0])
+    (row,) = matched_table([straight(0.5)], [9.0], seeds=1)
     assert (row["value"], row["reached"], row["mean"]) == (None, 0, None)
-    assert improvement_table([straight(0.5), straight(0.1, rule="ppo")], [9.0]) == []
+    assert improvement_table([straight(0.5), straight(0.1, rule="ppo")], [9.0], seeds=1) == []
 
 
 def test_a_single_seed_has_no_interval():
-    (row,) = matched_table([straight(0.5)], [2.0])
+    (row,) = matched_table([straight(0.5)], [2.0], seeds=1)
     assert (row["mean"], row["low"], row["high"], row["iqm_low"]) == (1.0, None, None, None)
-    (entry,) = frontier([straight(0.5)], [2.0])
+    (entry,) = frontier([straight(0.5)], [2.0], seeds=1)
     assert entry["low"] == entry["high"] == [None]
 
 
 def test_the_improvement_table_has_both_orders_of_every_pair_that_got_there():
-    rows = improvement_table(sweep(), [1.0, 3.0, 4.0])
+    rows = improvement_table(sweep(), [1.0, 3.0, 4.0], seeds=3)
     assert [(row["kl"], row["rule"], row["other"]) for row in rows] == [
         (1.0, "trpo", "ppo"),
         (1.0, "ppo", "trpo"),

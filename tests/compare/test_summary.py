@@ -21,7 +21,7 @@ def report_of(curves, **more):
         "seeds": sorted({one.seed for one in curves}),
         "cells": [cell | {"rule": one.rule, "violations": 0.0, "step_kl_mean_max": 0.03} for one in curves],
         "same_start": {"checked": len(curves), "equal": True},
-        "matched": matched_table(curves, [2.0]),
+        "matched": matched_table(curves, [2.0], seeds=len({one.seed for one in curves})),
         "limit": None,
         "one_update": None,
     }
@@ -104,6 +104,9 @@ def test_the_rules_that_did_not_reach_a_kl_with_all_seeds_are_named():
     assert "Not ranked, because a seed did not reach it: c and d." in text
     text = " ".join(summarise(report_of(curves[:3] + short), curves[:3] + short))
     assert "At 2 nats of reference KL only trpo can be ranked; its mean reward is 0.5 [0.5, 0.5]." in text
+    report = report_of(curves)
+    report["rules"].append({"name": "lost", "bounded": False, "values": [1.0]})  # no run of it finished
+    assert "Not ranked, because a seed did not reach it: lost." in " ".join(summarise(report, curves))
 
 
 def test_the_difference_is_that_of_a_paired_t_test():
