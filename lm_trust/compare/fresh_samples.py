@@ -49,8 +49,10 @@ def paired_improvement(before: dict[str, Any], after: dict[str, Any]) -> Estimat
     return clustered_mean([two["reward"] - one["reward"] for one, two in pairs], [one["prompt"] for one, _ in pairs])
 
 
-def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray) -> Estimate:
-    """The mean of values that are independent only between clusters, with its 95 % interval.
+def clustered_mean(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray, *, confidence: float = 0.95
+) -> Estimate:
+    """The mean of values that are independent only between clusters, with its interval.
 
     Student's t with the cluster-robust standard error (Liang and Zeger 1986), scaled for few clusters; where each value
     is a cluster, that is the usual interval of a mean. Not a bootstrap: over a handful of environments that is too
@@ -59,6 +61,7 @@ def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Any]
     Args:
         values: (N,).
         clusters: (N,) which cluster each belongs to.
+        confidence: of the interval.
     """
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
@@ -68,7 +71,7 @@ def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Any]
         return Estimate(mean, None, None)
     sums = np.bincount(members, weights=values - mean)
     error = math.sqrt(count / (count - 1) * np.square(sums).sum()) / len(values)
-    half = float(stdtrit(count - 1, 0.975)) * error
+    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * error
     return Estimate(mean, mean - half, mean + half)
 
 

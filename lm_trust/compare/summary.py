@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,7 @@ def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[st
     if not rows:
         return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
     return [
-        *_ranking(place, rows, unranked, lambda best, row: paired_difference(curves, kl, best, row)),
+        *_ranking(place, rows, unranked, partial(paired_difference, curves, kl)),
         *_unranked(unranked, "did not reach it"),
         *_share_of_limit(report, rows[0]),
     ]
@@ -92,8 +94,8 @@ def _finals(report: Line) -> list[str]:
         return ["At the end there is nothing to compare: no rule finished with all seeds."]
     rows.sort(key=lambda row: -row["mean"])
 
-    def difference(best: Line, row: Line) -> Interval:
-        return _paired(rewards[best["rule"]], rewards[row["rule"]])
+    def difference(best: Line, row: Line, confidence: float) -> Interval:
+        return _paired(rewards[best["rule"]], rewards[row["rule"]], confidence)
 
     sentences = _ranking("At the end", rows, unranked, difference)
     return [*sentences, *_unranked(unranked, "did not finish")]
@@ -104,17 +106,20 @@ def _unranked(rules: Sequence[str], what: str) -> list[str]:
 
 
 def _ranking(
-    place: str, rows: Sequence[Line], unranked: Sequence[str], difference: Callable[[Line, Line], Interval]
+    place: str, rows: Sequence[Line], unranked: Sequence[str], difference: Callable[[Line, Line, float], Interval]
 ) -> list[str]:
     """Which rule has the highest mean, and whose lead is supported.
+
+    The best is chosen by the same runs that it is then compared by, which might have chosen any pair: the intervals are
+    those of all pairs together, by Bonferroni. Of rules that are alike at least 95 % of such rankings claim no lead.
 
     Args:
         place: where that is, as a sentence begins.
         rows: rule, mean, low, high of one or more rules, the highest first; each mean is over all seeds, because the
             survivors of a rule that lost one would flatter it.
         unranked: the other rules.
-        difference: the interval of the first row's lead over another, which can reach below zero and not lie there;
-            None: there is none.
+        difference: the interval of the first row's lead over another at a confidence, which can reach below zero and
+            not lie there; None: there is none.
     """
     best = rows[0]
     level = [row["rule"] for row in rows if row["mean"] == best["mean"]]
@@ -127,14 +132,20 @@ def _ranking(
     else:
         it, its = best["rule"], f"{best['rule']}'s"
         sentences = [f"{place} {_list(level)} share the highest mean reward, {_estimate(best)}."]
-    intervals = {row["rule"]: difference(best, row) for row in others}
+    pairs = comb(len(rows), 2)
+    intervals = {row["rule"]: difference(best, row, 1 - 0.05 / pairs) for row in others}
+    together = "95 %" if pairs == 1 else f"95 % for all {pairs} pairs of rules together"
     unknown = [rule for rule, interval in intervals.items() if interval is None]
     ahead = [rule for rule, interval in intervals.items() if interval is not None and interval[0] > 0]
     within = [rule for rule in intervals if rule not in (*unknown, *ahead)]
     if ahead:
-        sentences.append(f"There {it} is ahead of {_list(ahead)}: the 95 % interval of the difference is above zero.")
+        sentences.append(
+            f"There {it} is ahead of {_list(ahead)}: the interval of the difference ({together}) is above zero."
+        )
     if within:
-        sentences.append(f"There {its} lead over {_list(within)} is not supported: the interval of it holds zero.")
+        sentences.append(
+            f"There {its} lead over {_list(within)} is not supported: the interval of it ({together}) holds zero."
+        )
     if unknown:
         sentences.append(f"One seed is not enough to say whether {it} is ahead of {_list(unknown)}.")
     return sentences
@@ -156,8 +167,8 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     return [f"The most that {nats_text(best['kl'])} can buy is estimated at {gain}{bought}."]
 
 
-def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line) -> Interval:
-    """95 % t interval of the difference in reward of two rules at a KL, over the seeds that both have.
+def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the difference in reward of two rules at a KL, over the seeds that both have.
 
     Runs of one seed share their start, prompts and noise, so that their difference is what is observed.
 
@@ -165,6 +176,7 @@ def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line
         curves: of all rules.
         kl: where they are compared.
         one, other: rows of the matched table, with the knob value that each was chosen at.
+        confidence: of the interval.
 
     Returns:
         (low, high), or None for fewer than two seeds.
@@ -173,15 +185,15 @@ def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line
     for row in (one, other):
         of_rule = [curve for curve in curves if curve.rule == row["rule"] and curve.value in (row["value"], None)]
         rewards.append({curve.seed: reward_at(curve, kl) for curve in of_rule})
-    return _paired(*rewards)
+    return _paired(*rewards, confidence)
 
 
-def _paired(one: Mapping[int, float | None], other: Mapping[int, float | None]) -> Interval:
+def _paired(one: Mapping[int, float | None], other: Mapping[int, float | None], confidence: float) -> Interval:
     """Of the difference of two rules' rewards by seed."""
     shared = sorted(seed for seed in one if one[seed] is not None and other.get(seed) is not None)
     if len(shared) < 2:
         return None
-    difference = clustered_mean([one[seed] - other[seed] for seed in shared], shared)
+    difference = clustered_mean([one[seed] - other[seed] for seed in shared], shared, confidence=confidence)
     return difference.low, difference.high
 
 

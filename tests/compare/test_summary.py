@@ -46,6 +46,21 @@ def test_a_lead_is_claimed_only_where_the_paired_interval_supports_it():
     assert "its lead over c is not supported" in text
 
 
+def test_a_lead_among_many_rules_needs_an_interval_of_all_their_pairs():
+    """A lead of six standard errors over b: t's quantile for one pair is 4.3 of them, for each of three pairs 7.6."""
+    two = [curve("a", seed, 0.5) for seed in range(3)]
+    two += [curve("b", seed, 0.4 + extra) for seed, extra in enumerate((-0.0289, 0.0, 0.0289))]
+    text = " ".join(summarise(report_of(two), two))
+    assert "There it is ahead of b: the interval of the difference (95 %) is above zero." in text
+    three = two + [curve("c", seed, 0.1 + 0.001 * seed) for seed in range(3)]
+    text = " ".join(summarise(report_of(three), three))
+    assert (
+        "There it is ahead of c: the interval of the difference (95 % for all 3 pairs of rules together) is above "
+        "zero. There its lead over b is not supported: the interval of it (95 % for all 3 pairs of rules together) "
+        "holds zero."
+    ) in text
+
+
 def test_rules_that_are_level_have_no_lead():
     curves = [curve(rule, seed, 0.5) for rule in ("trpo", "b") for seed in range(3)]
     curves += [curve("c", seed, 0.4 - 0.001 * seed) for seed in range(3)]
@@ -118,6 +133,8 @@ def test_the_difference_is_that_of_a_paired_t_test():
     expected = ttest_rel(one, other).confidence_interval(0.95)
     rows = [{"rule": "one", "value": 1.0}, {"rule": "other", "value": 1.0}]
     assert paired_difference(curves, 2.0, *rows) == pytest.approx(tuple(expected))
+    surer = ttest_rel(one, other).confidence_interval(0.99)
+    assert paired_difference(curves, 2.0, *rows, 0.99) == pytest.approx(tuple(surer))
     assert paired_difference([one for one in curves if one.seed == 0], 2.0, *rows) is None
 
 
