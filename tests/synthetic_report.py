@@ -79,8 +79,8 @@ def _rule(name):
 
 def _failed(place):
     unknown = dict.fromkeys((
-        "steps", "iterations", "gradients", "seconds", "update_seconds", "reward", "reward_interval", "reference_kl",
-        "step_kl", "step_kl_max", "bound", "violations",
+        "steps", "iterations", "gradients", "seconds", "update_seconds", "step_seconds", "reward", "reward_interval",
+        "reference_kl", "step_kl", "step_kl_max", "bound", "violations",
     ))  # fmt: skip
     error = "rewards[0]: returned NaN for <img src=x onerror=\"document.title = 'broken'\">"
     return {**place, **unknown, "folder": "cells/reinforce/run/seed2", "status": "failed", "error": error}
@@ -108,7 +108,7 @@ def _run(place, bounded, skill, random, iterations, language):
             "surrogate_gain": 0.04 * math.sqrt(step_kl / 0.01) + random.normal(0, 0.004),
             "predicted_gain": predicted, "entropy": 2.0,
             "clip_fraction": 10 * step_kl if rule in ("ppo_clip", "ppo_trust") else None, "rollout_seconds": 8.0,
-            "update_seconds": cost * random.uniform(0.5, 0.6),
+            "update_seconds": cost * random.uniform(0.5, 0.6), "step_seconds": 0.4 * cost,
         })  # fmt: skip
         if iteration % 4 == 0:
             kl = travelled if language else step_kl
@@ -123,7 +123,8 @@ def _finished(place, course, run):
     return {
         **place, "folder": f"cells/{place['rule']}/{place['value']}/seed{place['seed']}", "status": "finished",
         "error": None, "steps": run[-1]["steps"], "iterations": len(run), "gradients": run[-1]["gradients"],
-        "seconds": run[-1]["seconds"], "update_seconds": sum(row["update_seconds"] for row in run), "reward": reward,
+        "seconds": run[-1]["seconds"], "update_seconds": sum(row["update_seconds"] for row in run),
+        "step_seconds": sum(row["step_seconds"] for row in run), "reward": reward,
         "reward_interval": [reward - 0.09, reward + 0.09], "reference_kl": run[-1]["reference_kl"],
         "step_kl": float(np.mean(kls)), "step_kl_mean_max": max(kls), "step_kl_max": 9 * max(kls), "bound": bound,
         "violations": None if bound is None else 0.0,

@@ -213,15 +213,15 @@ def cost_figures(runs: Groups, styles: Styles) -> list[dict[str, Any]]:
     gradients: dict[str, list[float]] = {}
     for (rule, _), members in runs.items():
         for run in members:
-            spent = [row["update_seconds"] for row in run if known(row.get("update_seconds"))]
+            spent = [row["step_seconds"] for row in run if known(row.get("step_seconds"))]
             if spent:
                 seconds.setdefault(rule, []).append(float(np.mean(spent)))
             if known(run[-1].get("gradients")):
                 gradients.setdefault(rule, []).append(run[-1]["gradients"] / run[-1]["iteration"])
     bars = "Bars: the mean over the rule's runs, all knob values together; ticks: the least and the most of them."
     return [
-        _bars("cost-seconds", "Seconds an update", f"Time of the update alone, without the rollout. {bars}",
-              seconds, styles, "seconds"),
+        _bars("cost-seconds", "Seconds an update", "Time of the update rule's own step, without the rollout "
+              f"and the critic's fit. {bars}", seconds, styles, "seconds"),
         _bars("cost-gradients", "Gradient-equivalents an update", "Passes over the batch that an update makes, "
               f"counted in gradients (forward and backward) of all of it. {bars}", gradients, styles, "gradients"),
     ]  # fmt: skip

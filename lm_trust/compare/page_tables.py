@@ -117,7 +117,7 @@ def cells(report: Line) -> list[dict[str, Any]]:
             number(cell.get("steps")),
             number(cell.get("gradients")),
             number(cell.get("seconds")),
-            number(cell.get("update_seconds")),
+            number(cell.get("step_seconds")),
             estimate(cell.get("reward"), low, high),
             number(cell.get("reference_kl")),
             number(cell.get("step_kl")),

@@ -39,6 +39,7 @@ _COPIED = {
     "clip_fraction": pyarrow.float64(),
     "rollout_seconds": pyarrow.float64(),
     "update_seconds": pyarrow.float64(),
+    "step_seconds": pyarrow.float64(),
 }
 _COLUMNS = {
     "rule": pyarrow.string(),
@@ -120,6 +121,7 @@ def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float 
     last = rows[-1] if rows else {}
     after = after or {}
     kept = [row["step_kl"] for row in rows]
+    timed = [row["step_seconds"] for row in rows]
     return {
         "folder": str(cell.folder),
         "status": status,
@@ -129,6 +131,7 @@ def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float 
         "gradients": last.get("gradients"),
         "seconds": last.get("seconds"),
         "update_seconds": sum(row["update_seconds"] for row in rows) if rows else None,
+        "step_seconds": sum(timed) if timed and None not in timed else None,  # earlier versions did not log it
         "reward": after.get("reward_mean"),
         "reward_interval": after.get("reward_interval"),
         "reference_kl": after.get("reference_kl"),

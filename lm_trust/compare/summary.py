@@ -228,9 +228,10 @@ def _costs(report: Line) -> list[str]:
         if cells:
             updates = sum(cell["iterations"] for cell in cells)
             gradients = sum(cell["gradients"] for cell in cells) / updates
-            seconds = sum(cell["update_seconds"] for cell in cells) / updates
-            words.append(f"{rule['name']} {gradients:.1f} gradients and {seconds:.3g} s")
-    return [f"An update costs: {'; '.join(words)}."] if words else []
+            words.append(f"{rule['name']} {gradients:.1f} gradients")
+            if all(known(cell.get("step_seconds")) for cell in cells):
+                words[-1] += f" and {sum(cell['step_seconds'] for cell in cells) / updates:.3g} s"
+    return [f"An update costs, without the rollout and the critic's fit: {'; '.join(words)}."] if words else []
 
 
 def _one_update(report: Line) -> list[str]:

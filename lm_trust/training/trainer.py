@@ -119,14 +119,20 @@ class Trainer:
     _task_before_collect: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def iterate(self) -> dict[str, Any]:
-        """One iteration; returns its line of metrics."""
+        """One iteration; returns its line of metrics.
+
+        Of its times `rollout_seconds` is what collecting and scoring took, `update_seconds` all the rest, with the
+        critic's values and its fit, and `step_seconds` the update rule's own step alone: 0 where there was none.
+        """
         started = time.perf_counter()
         steps_before = self.task.steps
         experience = self.experience()
         rollout, batch, metrics = experience.rollout, experience.batch, experience.metrics
         if batch is not None:
             finish_fit = self.critic.start_fit(rollout, experience.returns, experience.values, batch.progress)
+            step_started = time.perf_counter()
             report = self.update.step(self.policy, batch)
+            step_seconds = time.perf_counter() - step_started
             fitted = finish_fit()
             require_alike([*trainable_parameters(self.policy), *self.critic.parameters()], "policies or critics")
             if self.adaptive_penalty is not None:
@@ -137,7 +143,7 @@ class Trainer:
                     placed_rows(len(rollout.actions)).total,
                 )
         else:
-            report = StepReport(False, "non_finite", metrics={"offender": experience.offender})
+            report, step_seconds = StepReport(False, "non_finite", metrics={"offender": experience.offender}), 0.0
             fitted = {"value_loss": None, "explained_variance": None}
         self.task.after_update(self.policy, rollout)
         self.samples = _samples(rollout, experience.scores, experience.advantages)
@@ -152,6 +158,7 @@ class Trainer:
             **fitted,
             "rollout_seconds": experience.rollout_seconds,
             "update_seconds": seconds - experience.rollout_seconds,
+            "step_seconds": step_seconds,
             "iteration_seconds": seconds,
             "steps_per_second": (self.task.steps - steps_before) / seconds,
         }

@@ -230,6 +230,10 @@ def test_a_cell_reads_as_its_run_tells(files):
     spent = sum(1 + line["cg_iterations"] + (1 + line["backtracks"]) / 3 for line in metrics)
     assert result.summary["gradients"] == pytest.approx(spent)
     assert result.rows[-1]["seconds"] == pytest.approx(sum(line["iteration_seconds"] for line in metrics))
+    taken = [line["step_seconds"] for line in metrics]
+    assert [row["step_seconds"] for row in result.rows] == taken
+    assert result.summary["step_seconds"] == pytest.approx(sum(taken))
+    assert 0 < result.summary["step_seconds"] < result.summary["update_seconds"]
     # Control: the evaluations of iterations 2 and 4, at the mean step KL until then.
     kls = [line["step_kl"] for line in metrics]
     assert result.trajectory["kl"] == pytest.approx([sum(kls[:2]) / 2, sum(kls) / 4])
@@ -238,6 +242,10 @@ def test_a_cell_reads_as_its_run_tells(files):
         result.trajectory["reward"][-1]
         == json.loads((cell.folder / "evaluation.json").read_text())["after"]["reward_mean"]
     )
+    del metrics[0]["step_seconds"]  # by an earlier version, which was then resumed
+    (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    result = read_cell(cell)
+    assert result.rows[0]["step_seconds"] is None and result.summary["step_seconds"] is None
 
 
 def test_a_signal_ends_the_runs_with_checkpoints_and_the_same_command_goes_on(files):

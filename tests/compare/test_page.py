@@ -337,7 +337,7 @@ def test_predictions_are_those_of_steps_taken(page, language):
 def test_cost_of_an_update(page, language):
     rows = language[1].to_pandas()
     bars = {one["meta"]["rule"]: one for one in page.figures["figure-cost-seconds"]["data"]}
-    assert bars["trpo"]["x"][0] == pytest.approx(rows[rows.rule == "trpo"].update_seconds.mean(), rel=1e-4)
+    assert bars["trpo"]["x"][0] == pytest.approx(rows[rows.rule == "trpo"].step_seconds.mean(), rel=1e-4)
     gradients = {one["meta"]["rule"]: one["x"][0] for one in page.figures["figure-cost-gradients"]["data"]}
     assert gradients == pytest.approx(
         {"trpo": 3, "ppo_clip": 4.7, "ppo_trust": 4.7, "ppo_penalty": 4.7, "reinforce": 1}
@@ -389,7 +389,7 @@ def test_numbers_that_are_not_finite(language, tmp_path):
     report["cells"][0] |= {"reward": math.nan, "step_kl": None, "reward_interval": None}
     report["one_update"]["rows"][0] |= {"fresh_low": None, "fresh_high": None, "improvement": None, "step_kl": math.inf}
     for row in rows[:5]:
-        row |= {"step_kl": None, "update_seconds": None, "reward_mean": math.nan, "surrogate_gain": None}
+        row |= {"step_kl": None, "step_seconds": None, "reward_mean": math.nan, "surrogate_gain": None}
     page = make(report, language[1].from_pylist(rows), tmp_path)
     assert page.figures["figure-frontier"]["data"]
     line = [one for one in page.figures["figure-frontier"]["data"] if one["meta"]["rule"] == "trpo"][-1]

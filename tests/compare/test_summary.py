@@ -14,7 +14,7 @@ def curve(rule, seed, reward, value=1.0):
 
 def report_of(curves, **more):
     rules = list(dict.fromkeys(one.rule for one in curves))
-    cell = {"status": "finished", "iterations": 10, "gradients": 20.0, "update_seconds": 5.0, "step_kl": 0.01}
+    cell = {"status": "finished", "iterations": 10, "gradients": 20.0, "step_seconds": 5.0, "step_kl": 0.01}
     report = {
         "world": "language",
         "rules": [{"name": rule, "bounded": rule == "trpo", "values": [1.0]} for rule in rules],
@@ -150,6 +150,9 @@ def test_bounds_costs_and_failures_are_told():
     assert "ppo_clip has no bound" in text and "up to 0.03" in text
     assert "trpo 2.0 gradients and 0.5 s" in text
     assert "nothing here is matched" in text
+    del report["cells"][0]["step_seconds"]  # of a run by an earlier version
+    text = " ".join(summarise(report, curves))
+    assert "without the rollout and the critic's fit: trpo 2.0 gradients; ppo_clip 2.0 gradients and 0.5 s." in text
 
 
 def test_the_share_of_the_limit_is_of_its_gain():

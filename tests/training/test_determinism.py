@@ -19,7 +19,7 @@ WORLDS = {
     "language": tiny_runs.LANGUAGE | {"completions": {"every": 2, "show": 1}},
     "control": killed_runs.CONTROL,
 }
-TIMING = {"rollout_seconds", "update_seconds", "iteration_seconds", "steps_per_second"}
+TIMING = {"rollout_seconds", "update_seconds", "step_seconds", "iteration_seconds", "steps_per_second"}
 RUNS = """
 import sys
 from lm_trust.cli import main

@@ -16,7 +16,7 @@ except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 ROLLOUT = {"batch_size": 6, "max_new_tokens": 4, "engine": "continuous_batching"}
-SECONDS = ("rollout_seconds", "update_seconds", "iteration_seconds", "steps_per_second")
+SECONDS = ("rollout_seconds", "update_seconds", "step_seconds", "iteration_seconds", "steps_per_second")
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from lm_trust.training.trainer import Trainer
 
 SHARED = {
     *("iteration", "steps", "reward_mean", "step_kl", "step_kl_max", "surrogate_gain", "predicted_gain", "accepted"),
-    *("entropy", "value_loss", "explained_variance", "rollout_seconds", "update_seconds"),
+    *("entropy", "value_loss", "explained_variance", "rollout_seconds", "update_seconds", "step_seconds"),
 }
 OF_LANGUAGE = {"reference_kl", "completion_length", "truncated_fraction"}
 EVALUATED = {"reward_mean", "reward_interval", "count"}
@@ -164,7 +164,7 @@ class Runs:
 
 
 def untimed(lines):
-    timing = {"rollout_seconds", "update_seconds", "iteration_seconds", "steps_per_second"}
+    timing = {"rollout_seconds", "update_seconds", "step_seconds", "iteration_seconds", "steps_per_second"}
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
 
 

@@ -1,6 +1,7 @@
 """The loop itself, on a world of a few numbers: its order, its batch, its penalty and its state."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -106,6 +107,15 @@ def test_an_iteration_runs_in_its_order(monkeypatch):
     assert line["steps"] == LENGTHS.sum()
     assert line["reward_mean"] == 1.5 and line["value_loss"] is None and line["accepted"]
     assert line["iteration_seconds"] >= line["update_seconds"] + line["rollout_seconds"] - 1e-6
+
+
+def test_the_time_of_the_step_is_that_of_the_update_rule_alone(monkeypatch):
+    trainer = make()
+    step, after = trainer.update.step, trainer.task.after_update
+    monkeypatch.setattr(trainer.update, "step", lambda *given: [time.sleep(0.05), step(*given)][1])
+    monkeypatch.setattr(trainer.task, "after_update", lambda *given: [time.sleep(0.2), after(*given)][1])
+    line = trainer.iterate()
+    assert 0.05 <= line["step_seconds"] <= line["update_seconds"] - 0.2
 
 
 @pytest.mark.parametrize("whole_sequences", [True, False])
