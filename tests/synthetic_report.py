@@ -160,7 +160,7 @@ def _improvement(one, two):
     better = RULES[one][3] - RULES[two][3]
     wins = min(max(0.5 + better, 0.0), 1.0)
     low, high = (round(end, 3) for end in (max(wins - 0.25, 0.0), min(wins + 0.25, 1.0)))
-    return {"kl": 1.0, "rule": one, "other": two, "probability": wins, "low": low, "high": high}
+    return {"kl": 1.0, "rule": one, "other": two, "probability": wins, "low": low, "high": high, "p_value": 0.1}
 
 
 def _study(random):

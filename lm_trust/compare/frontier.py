@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_trust.compare.statistics import bootstrap_mean, interquartile_mean, probability_of_improvement
+from lm_trust.compare.statistics import bootstrap_mean, interquartile_mean, mann_whitney, probability_of_improvement
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def improvement_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: i
     """The probability that a run of one rule is better than a run of another, each by its best knob value at the KL.
 
     Returns:
-        Rows {"kl", "rule", "other", "probability", "low", "high"}: P(rule > other), for every ordered pair of rules
-        that all seeds of both reached.
+        Rows {"kl", "rule", "other", "probability", "low", "high", "p_value"}: P(rule > other), for every ordered pair
+        of rules that all seeds of both reached; see `mann_whitney`.
     """
     rows = []
     for kl in kls:
@@ -116,9 +116,10 @@ def improvement_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: i
         for rule, rewards in reached.items():
             for other in reached:
                 if other != rule:
-                    wins = probability_of_improvement(rewards, reached[other])
+                    pair = rewards, reached[other]
+                    wins = probability_of_improvement(*pair)
                     row = {"kl": kl, "rule": rule, "other": other, "probability": wins.value}
-                    rows.append(row | {"low": wins.low, "high": wins.high})
+                    rows.append(row | {"low": wins.low, "high": wins.high, "p_value": mann_whitney(*pair)})
     return rows
 
 

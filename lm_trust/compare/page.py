@@ -71,7 +71,6 @@ def _page(report: Line, rows: pyarrow.Table) -> str:
         shown=shown_values(report),
         matched=page_tables.matched(report),
         improvement=page_tables.improvement(report),
-        enough_seeds=page_tables.ENOUGH_SEEDS,
         study=page_tables.study(report),
         cells=page_tables.cells(report),
         failures=page_tables.failures(report),

@@ -11,9 +11,7 @@ from lm_trust.compare.figures import limit_at
 from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_name, knob_text, nats_text, number_text
 
-# By chance all n runs of one rule are above, or below, all n of another in 2 of (2 n over n) orders: for fewer than
-# four in more than 5 %, so that even an interval of no width supports nothing.
-ENOUGH_SEEDS = 4
+LEVEL = 0.05  # of the test by which a rule is shown as ahead of another
 MISSING = "\u2013"  # a dash
 
 
@@ -54,30 +52,29 @@ def _most(report: Line, kl: float) -> str | None:
 
 
 def improvement(report: Line) -> list[dict[str, Any]]:
-    """A matrix a KL of P(row's rule > column's rule), as {"kl", "rules", "rows"}; a cell is (text, one-sided).
+    """A matrix a KL of P(row's rule > column's rule), as {"kl", "rules", "rows"}; a cell is (text, side).
 
-    One-sided is what its interval supports: "ahead" where all of it is above a half, "behind" below it, else "". With
-    fewer than `ENOUGH_SEEDS` it is always "".
+    The side is "ahead" or "behind" where the exact test of the pair says that they are not alike, else "".
     """
     matrices = []
-    rows, enough = report.get("improvement") or (), len(report.get("seeds") or ()) >= ENOUGH_SEEDS
+    rows = report.get("improvement") or ()
     for kl in sorted({row["kl"] for row in rows}):
         cells = {(row["rule"], row["other"]): row for row in rows if row["kl"] == kl}
         rules = list(dict.fromkeys(rule for pair in cells for rule in pair))
         matrices.append({
             "kl": nats_text(kl),
             "rules": rules,
-            "rows": [(rule, [_wins(cells.get((rule, other)), enough) for other in rules]) for rule in rules],
+            "rows": [(rule, [_wins(cells.get((rule, other))) for other in rules]) for rule in rules],
         })  # fmt: skip
     return matrices
 
 
-def _wins(row: Line | None, enough: bool) -> tuple[str, str]:
+def _wins(row: Line | None) -> tuple[str, str]:
     if row is None:
         return "", ""
-    low, high = row["low"], row["high"]
-    side = "ahead" if known(low) and low > 0.5 else "behind" if known(high) and high < 0.5 else ""
-    return estimate(row["probability"], low, high), side if enough else ""
+    side = "ahead" if row["probability"] > 0.5 else "behind"
+    certain = known(row.get("p_value")) and row["p_value"] < LEVEL
+    return estimate(row["probability"], row["low"], row["high"]), side if certain else ""
 
 
 def study(report: Line) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ The intervals are percentiles of the bootstrap over the observations given, as i
 What such an interval is worth over three seeds: less than 95 %. That of a mean is exactly [lowest, highest] for two
 and for three values, because each of the extreme resamples has a share of more than 2.5 %; for a symmetric distribution
 it holds the true mean in 50 % of cases with two values and in 75 % with three. Nor is a probability of improvement of 1
-with an interval of [1, 1] a certainty: three seeds all above three others are one of the 20 orders that chance has.
+with an interval of [1, 1] a certainty: three seeds all above three others are one of the 20 orders that chance has. The
+test that knows this is `mann_whitney`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,16 @@ def probability_of_improvement(a: ArrayLike, b: ArrayLike) -> Estimate:
         ValueError: there are none on a side, or one is not finite.
     """
     return _estimate(_wins, a, b)
+
+
+def mann_whitney(a: ArrayLike, b: ArrayLike) -> float:
+    """The two-sided p-value of the exact Mann-Whitney test of (N,) observations against (M,): are they alike.
+
+    Of a few observations the interval of `probability_of_improvement` is too narrow to decide that by. By chance it
+    lies on one side of a half in 5.7 % of cases with four against four, and in 9.5 % with five; this p is below 0.05
+    in 2.9 % and in 3.2 %. Ties make it no more often so.
+    """
+    return float(stats.mannwhitneyu(a, b, method="exact").pvalue)
 
 
 def _middle(values: np.ndarray, axis: int) -> np.ndarray:

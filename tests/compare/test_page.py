@@ -14,6 +14,7 @@ from synthetic_report import NASTY, RULES, SEEDS, synthetic_report
 from lm_trust.compare import page_tables
 from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, rule_styles
 from lm_trust.compare.figures import BEST_OF_N, LIMIT, limit_at
+from lm_trust.compare.frontier import Curve, improvement_table
 from lm_trust.compare.page import shown_values, write_page
 from lm_trust.training.compare_curves import COLOURS
 
@@ -250,13 +251,13 @@ def test_one_seed_has_no_interval(tmp_path):
     assert matched["text"].count("[") - sum(text.count("[") for text in of_limit) == 2  # in its head
 
 
-def test_only_what_an_interval_supports_is_bold():
-    report = {"seeds": [0, 1, 2, 3], "improvement": [
-        {"kl": 1.0, "rule": "a", "other": "b", "probability": 0.9, "low": 0.6, "high": 1.0},
-        {"kl": 1.0, "rule": "b", "other": "a", "probability": 0.1, "low": 0.0, "high": 0.5},
-        {"kl": 1.0, "rule": "b", "other": "c", "probability": 0.1, "low": 0.0, "high": 0.4},
-        {"kl": 1.0, "rule": "c", "other": "b", "probability": 1.0, "low": None, "high": None},
-        {"kl": 1.0, "rule": "a", "other": "c", "probability": 0.9, "low": 0.5, "high": 1.0},
+def test_only_what_the_exact_test_supports_is_bold():
+    report = {"improvement": [
+        {"kl": 1.0, "rule": "a", "other": "b", "probability": 0.9, "low": 0.6, "high": 1.0, "p_value": 0.03},
+        {"kl": 1.0, "rule": "b", "other": "a", "probability": 0.1, "low": 0.0, "high": 0.4, "p_value": 0.05},
+        {"kl": 1.0, "rule": "b", "other": "c", "probability": 0.1, "low": 0.0, "high": 0.4, "p_value": 0.03},
+        {"kl": 1.0, "rule": "c", "other": "b", "probability": 1.0, "low": None, "high": None, "p_value": 1.0},
+        {"kl": 1.0, "rule": "a", "other": "c", "probability": 0.9, "low": 0.6, "high": 1.0},  # of an earlier version
     ]}  # fmt: skip
     (matrix,) = page_tables.improvement(report)
     sides = {rule: [side for _, side in row] for rule, row in matrix["rows"]}
@@ -266,11 +267,13 @@ def test_only_what_an_interval_supports_is_bold():
 
 def test_three_seeds_support_no_order(page):
     # All three of a rule above all three of another: 2 of the 20 orders that chance has.
-    certain = {"kl": 1.0, "rule": "a", "other": "b", "probability": 1.0, "low": 1.0, "high": 1.0}
-    bold = {
-        count: page_tables.improvement({"seeds": list(range(count)), "improvement": [certain]})[0]["rows"][0][1][1][1]
-        for count in (2, 3, 4, 10)
-    }
+    bold = {}
+    for count in (2, 3, 4, 10):
+        kl = np.array([0.0, 1.0])
+        curves = [Curve("a", 1.0, seed, kl, kl + seed + 99) for seed in range(count)]
+        curves += [Curve("b", 1.0, seed, kl, kl - seed) for seed in range(count)]
+        rows = improvement_table(curves, [1.0], seeds=count)
+        bold[count] = page_tables.improvement({"improvement": rows})[0]["rows"][0][1][1][1]
     assert bold == {count: "ahead" if 2 / math.comb(2 * count, count) < 0.05 else "" for count in bold}
     assert "supports no claim of which rule is ahead" in page.all("body")[0]["text"]
     assert not [one for one in page.all("strong") if "td" in one["inside"]]

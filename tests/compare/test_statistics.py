@@ -1,12 +1,19 @@
 """Statistics of a few seeds: against enumeration and against scipy's other routes, and what their intervals hold."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lm_trust.compare.statistics import Estimate, bootstrap_mean, interquartile_mean, probability_of_improvement
+from lm_trust.compare.statistics import (
+    Estimate,
+    bootstrap_mean,
+    interquartile_mean,
+    mann_whitney,
+    probability_of_improvement,
+)
 
 THREE = [0.9, 0.2, 0.4]
 
@@ -69,6 +76,28 @@ def test_sides_of_different_sizes():
 def test_three_all_above_three_is_as_far_as_it_goes():
     assert probability_of_improvement([4, 5, 6], [1, 2, 3]) == Estimate(1.0, 1.0, 1.0)
     assert probability_of_improvement([1, 2, 3], [4, 5, 6]) == Estimate(0.0, 0.0, 0.0)
+
+
+def orders(values):
+    """Every way to give half of the values to either side."""
+    indices = set(range(len(values)))
+    for one in itertools.combinations(indices, len(values) // 2):
+        yield [values[index] for index in one], [values[index] for index in indices.difference(one)]
+
+
+@pytest.mark.parametrize("values", [range(6), range(8), range(10), [0, 1, 2, 3, 3, 3, 3, 4, 5, 6], [500] * 7 + [1]])
+def test_the_exact_test_tells_equals_apart_by_chance_in_less_than_a_twentieth(values):
+    """Unlike the interval of the probability of improvement."""
+    found = [mann_whitney(*sides) < 0.05 for sides in orders(values)]
+    assert np.mean(found) < 0.05
+    assert any(found) == (len(set(values)) > 6)
+
+
+def test_of_four_against_four_only_the_two_extreme_orders_are_told_apart():
+    told = [sides for sides in orders(range(8)) if mann_whitney(*sides) < 0.05]
+    assert told == [([0, 1, 2, 3], [4, 5, 6, 7]), ([4, 5, 6, 7], [0, 1, 2, 3])]
+    assert mann_whitney(*told[0]) == pytest.approx(2 / math.comb(8, 4))
+    assert mann_whitney([1.0], [2.0]) == 1.0
 
 
 @pytest.mark.parametrize("statistic", [bootstrap_mean, interquartile_mean])
