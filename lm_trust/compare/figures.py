@@ -50,13 +50,18 @@ def frontier_figure(report: Line, styles: Styles) -> dict[str, Any]:
     kls = [place for trace in data for place in trace["x"]]
     farthest = max((place for place in kls if place is not None), default=0.0)  # what nobody reached would need room
     matched = sorted({row["kl"] for row in report.get("matched") or () if row["kl"] <= farthest})
-    caption = [
-        "Higher at the same place is better: more reward for the same distance from where the rules started."
-        if report.get("world") == "language"
-        else "Higher at the same place is better: more reward for updates of the same size.",
-        "Lines: the mean over seeds, at each KL of the rule's best knob value there (hover to read it); "
-        "areas: its 95 % bootstrap interval.",
-    ]
+    if report.get("world") == "language":
+        caption = [
+            "Higher at the same place is better: more reward for the same distance from where the rules started.",
+            "Lines: the mean over seeds, at each KL of the rule's best knob value there (hover to read it); "
+            "areas: its 95 % bootstrap interval.",
+        ]
+    else:
+        caption = [
+            "Higher at the same place is better: more reward for updates of the same size.",
+            "Lines: the mean over seeds, of which each has a straight line from one of its runs to the next, one a "
+            "knob value; areas: its 95 % bootstrap interval.",
+        ]
     if len(report.get("seeds") or ()) < 2:
         caption[1] = "Lines: one seed, so no interval can be given, and no difference here is supported by one."
     if report.get("world") == "control":

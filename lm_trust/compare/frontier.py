@@ -3,7 +3,7 @@
 A run that reached more KL has had more of what buys reward, so rules are compared where they are equally far from where
 they started. A rule is given its best knob value at each KL, the same for all seeds: a choice a seed would flatter. The
 best of several means flatters too, the more the more values a rule has been tried with, and no interval here knows of
-that choice: give each rule as many values.
+that choice: give each rule as many values. (In control nothing is chosen: a seed's curve goes through all values.)
 
 A rule counts as having reached a KL where every seed of the comparison has, `seeds` of them: as many as were asked for,
 whatever became of their runs. The mean over the seeds that got there would leave out those that failed.

@@ -176,20 +176,30 @@ def table(results: Iterable[CellResult]) -> pyarrow.Table:
 
 
 def curves_of(results: Iterable[CellResult], *, language: bool) -> list[Curve]:
-    """What rules are compared by: a language run's course, or the ends of a seed's control runs."""
-    finished = [one for one in results if one.summary["status"] == "finished" and one.trajectory]
+    """What rules are compared by: a language run's course, or the ends of a seed's control runs.
+
+    A seed of a control comparison that lacks one of the rule's knob values has no curve: a line across what is missing
+    would make it up.
+    """
     if language:
         return [
-            Curve(one.cell.rule, one.cell.value, one.cell.config.seed, *_arrays(one.trajectory)) for one in finished
+            Curve(one.cell.rule, one.cell.value, one.cell.config.seed, *_arrays(one.trajectory))
+            for one in results
+            if _has_ended(one)
         ]
-    sweeps: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for one in finished:
-        end = (one.trajectory["kl"][-1], one.trajectory["reward"][-1])
-        sweeps.setdefault((one.cell.rule, one.cell.config.seed), []).append(end)
-    return [
-        Curve(rule, None, seed, *(np.array(axis) for axis in zip(*sorted(ends), strict=True)))
-        for (rule, seed), ends in sweeps.items()
-    ]
+    sweeps: dict[tuple[str, int], list[CellResult]] = {}
+    for one in results:
+        sweeps.setdefault((one.cell.rule, one.cell.config.seed), []).append(one)
+    curves = []
+    for (rule, seed), sweep in sweeps.items():
+        if all(map(_has_ended, sweep)):
+            ends = sorted((one.trajectory["kl"][-1], one.trajectory["reward"][-1]) for one in sweep)
+            curves.append(Curve(rule, None, seed, *np.array(ends, dtype=float).T))
+    return curves
+
+
+def _has_ended(one: CellResult) -> bool:
+    return one.summary["status"] == "finished" and one.trajectory is not None
 
 
 def _arrays(trajectory: Line) -> tuple[np.ndarray, np.ndarray]:

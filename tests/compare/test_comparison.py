@@ -13,9 +13,9 @@ from pyarrow import parquet
 
 from lm_trust.cli import main
 from lm_trust.compare.config import load_comparison
-from lm_trust.compare.frontier import Curve
+from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
-from lm_trust.compare.results import read_cell
+from lm_trust.compare.results import CellResult, curves_of, read_cell
 from lm_trust.compare.running import train_cells
 from lm_trust.errors import UserError
 from lm_trust.training.run_folder import RunFolder
@@ -200,6 +200,26 @@ def test_the_report_counts_the_seeds_that_were_asked_for(files, monkeypatch):
     assert report["improvement"] == [] and [entry["kl"] for entry in report["frontier"]] == [[], []]
     report, _ = make_report(load(files), None, None, {})
     assert [(row["seeds"], row["mean"]) for row in report["matched"]] == [(2, pytest.approx(1.0))] * 2
+
+
+def test_a_control_seed_without_one_of_the_values_has_no_curve(files):
+    """Of three values the middle one earns the most; a line from the first to the last would cross it far below."""
+    comparison = load(files, ("rules.trpo.values", "[0.01, 0.02, 0.03]"), ("one_update", "null"))
+    ends = {0.01: 100.0, 0.02: 1000.0, 0.03: 100.0}
+    results = [
+        CellResult(
+            cell, {"status": "finished"}, [], {"kl": [0.0, cell.value], "reward": [0.0, ends[cell.value]]}, (), {}
+        )
+        for cell in comparison.cells
+        if cell.rule == "trpo"
+    ]
+    whole = curves_of(results, language=False)
+    assert [(one.rule, one.value, one.seed) for one in whole] == [("trpo", None, 0), ("trpo", None, 1)]
+    assert all(list(one.kl) == list(ends) and list(one.reward) == list(ends.values()) for one in whole)
+    results[4].summary["status"] = "failed"  # the middle value of seed 1
+    (row,) = matched_table(curves_of(results, language=False), [0.02], seeds=2)
+    assert (row["reached"], row["mean"]) == (1, None)
+    assert len(curves_of(results, language=True)) == 5  # there each value is a curve of its own
 
 
 def test_what_another_process_writes_to_is_left_alone(files, capsys):

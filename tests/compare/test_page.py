@@ -232,6 +232,19 @@ def test_a_control_rule_with_one_value_is_drawn_as_its_mean(tmp_path):
     assert not [one for one in figure["data"] if one["meta"]["rule"] == "ppo_penalty" and "error_y" in one]
 
 
+def test_what_is_said_of_knob_values_is_of_the_world(page, tmp_path):
+    report, rows = synthetic_report("control")
+    report["matched"] = [row | {"value": None} for row in synthetic_report()[0]["matched"]]
+    control = make(report, rows, tmp_path)
+    for one, chosen in ((page, True), (control, False)):
+        text = one.all("body")[0]["text"]
+        assert ("Every rule by the knob value whose mean is the highest there" in text) is chosen
+        assert ("of the rule's best knob value there" in text) is chosen
+        assert ("a knob value without all of its seeds counts" in text) is chosen
+        assert ("no value is chosen" in text) is not chosen
+        assert ("a seed without all of the rule's knob values counts" in text) is not chosen
+
+
 def test_a_kl_that_nobody_reached_takes_no_room(language, tmp_path):
     report, rows = language
     far = [row | {"kl": 1000.0} for row in report["matched"][:1]]
