@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lm_trust.compare.config import Cell
 from lm_trust.errors import UserError
@@ -79,24 +80,23 @@ def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -
     done = len(cells) - len(waiting)
     if done:
         tell(f"{done} of {len(cells)} runs were finished before.")
-    running: list[tuple[Cell, subprocess.Popen, float]] = []
+    running: list[_Attempt] = []
     with Interruption() as interruption:
         while waiting or running:
             while waiting and len(running) < jobs and interruption.signal is None:
-                cell = waiting.pop(0)
-                running.append((cell, _start(cell, jobs), time.monotonic()))
+                running.append(_start(waiting.pop(0), jobs))
             time.sleep(_POLL)
             if interruption.signal is not None:
                 waiting.clear()
-                for _, process, _ in running:
-                    process.terminate()
-                for _, process, _ in running:
-                    process.wait()
+                for attempt in running:
+                    attempt.process.terminate()
+                for attempt in running:
+                    attempt.process.wait()
                 return interruption.exit_status
-            for entry in [entry for entry in running if entry[1].poll() is not None]:
-                running.remove(entry)
+            for attempt in [attempt for attempt in running if attempt.process.poll() is not None]:
+                running.remove(attempt)
                 done += 1
-                tell(f"{done} of {len(cells)}: {_ended(*entry)}")
+                tell(f"{done} of {len(cells)}: {_ended(attempt)}")
     return 0
 
 
@@ -109,14 +109,31 @@ def begin_or_go_on(folder: Path) -> list[str]:
     return ["--output", str(folder)]
 
 
-def _start(cell: Cell, jobs: int) -> subprocess.Popen:
+class _Attempt(NamedTuple):
+    """A run under way.
+
+    Attributes:
+        cell: whose.
+        process: that trains it.
+        started: when, by the monotonic clock.
+        log_start: bytes of its log that are of earlier attempts.
+    """
+
+    cell: Cell
+    process: subprocess.Popen
+    started: float
+    log_start: int
+
+
+def _start(cell: Cell, jobs: int) -> _Attempt:
     options = begin_or_go_on(cell.folder)
     _failure_file(cell).unlink(missing_ok=True)
     config = cell.folder.with_suffix(".yaml")
     config.write_text(dump(cell.config), encoding="utf-8")
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with _log(cell).open("a", encoding="utf-8") as log:
-        return subprocess.Popen(
+    with _log(cell).open("ab") as log:
+        log_start = log.tell()
+        process = subprocess.Popen(
             [sys.executable, "-m", "lm_trust", "train", str(config), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -124,22 +141,26 @@ def _start(cell: Cell, jobs: int) -> subprocess.Popen:
             env={"OMP_NUM_THREADS": threads, **os.environ, "COLUMNS": "80"},
             start_new_session=True,  # a Ctrl-C at the terminal reaches the runs once, through us
         )
+    return _Attempt(cell, process, time.monotonic(), log_start)
 
 
-def _ended(cell: Cell, process: subprocess.Popen, started: float) -> str:
-    minutes = f"{(time.monotonic() - started) / 60:.1f} min"
-    if process.returncode == 0 and is_finished(cell.folder):
+def _ended(attempt: _Attempt) -> str:
+    cell = attempt.cell
+    minutes = f"{(time.monotonic() - attempt.started) / 60:.1f} min"
+    if attempt.process.returncode == 0 and is_finished(cell.folder):
         after = RunFolder(cell.folder).evaluation()["after"]
         kl = f" at {after['reference_kl']:.2f} nats" if "reference_kl" in after else ""
         return f"{cell.name}: {after['reward_mean']:.4g}{kl}, {minutes}"
-    reason = _last_words(cell, process.returncode)
+    reason = _last_words(attempt)
     _failure_file(cell).write_text(reason, encoding="utf-8")
     return f"{cell.name}: FAILED after {minutes}: {reason} (see {_log(cell)})"
 
 
-def _last_words(cell: Cell, status: int) -> str:
-    """The run's own error, or its last line."""
-    lines = [line.strip() for line in _log(cell).read_text(encoding="utf-8", errors="replace").splitlines()]
+def _last_words(attempt: _Attempt) -> str:
+    """The attempt's own error, or its last line."""
+    status = attempt.process.returncode
+    said = _log(attempt.cell).read_bytes()[attempt.log_start :].decode("utf-8", "replace")
+    lines = [line.strip() for line in said.splitlines()]
     lines = [line for line in lines if line]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if status < 0:

@@ -16,7 +16,7 @@ from lm_trust.compare.config import load_comparison
 from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
 from lm_trust.compare.results import CellResult, curves_of, read_cell
-from lm_trust.compare.running import train_cells
+from lm_trust.compare.running import failure, train_cells
 from lm_trust.errors import UserError
 from lm_trust.training.run_folder import RunFolder
 
@@ -266,6 +266,19 @@ def test_a_cell_reads_as_its_run_tells(files):
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     result = read_cell(cell)
     assert result.rows[0]["step_seconds"] is None and result.summary["step_seconds"] is None
+
+
+def test_a_failed_cell_says_what_its_last_attempt_said(files, monkeypatch):
+    """Its log holds the earlier ones as well."""
+    cell = load(files).cells[0]
+    program = files / "program"
+    monkeypatch.setattr(sys, "executable", str(program))
+    for said, reason in (("error: no such environment", "no such environment"), ("MemoryError", "MemoryError")):
+        program.write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
+        program.chmod(0o755)
+        assert train_cells([cell], 1, lambda line: None) == 0
+        assert failure(cell) == reason
+    assert cell.folder.with_suffix(".log").read_text() == "error: no such environment\nMemoryError\n"
 
 
 def test_a_signal_ends_the_runs_with_checkpoints_and_the_same_command_goes_on(files):
