@@ -102,7 +102,8 @@ class Environments:
             rows: step these environments only; the others' entries in the result are zero, and not valid.
 
         Raises:
-            UserError: an observation or a reward is not finite; names the environment, the copy and the step.
+            UserError: an observation has another shape than its space says; or it or a reward is not finite, which
+                names the environment, the copy and the step.
         """
         if self._cursor == len(self._log):
             self._make_room()
@@ -110,7 +111,7 @@ class Environments:
         self._log[self._cursor] = given
         self._cursor += 1
 
-        encode = self._encode
+        encode, size = self._encode, self.observation_size
         observations = self.observations.copy()
         rewards = np.zeros(self.count)
         terminated, truncated = np.zeros(self.count, bool), np.zeros(self.count, bool)
@@ -118,7 +119,10 @@ class Environments:
         valid[slice(None) if rows is None else list(rows)] = True
         for row in range(self.count) if rows is None else rows:
             observation, rewards[row], terminated[row], truncated[row], _ = self._step_functions[row](given[row])
-            observations[row] = observation if encode is None else encode(observation)
+            encoded = observation if encode is None else encode(observation)
+            if len(encoded) != size:  # numpy would repeat a single number without a word
+                raise self._misshapen(row, observation)
+            observations[row] = encoded
         # A sum of squares is the cheapest look at every number; where it overflows, the exact check decides.
         if not math.isfinite(np.vdot(observations, observations) + np.vdot(rewards, rewards)):
             self._require_finite(observations, "observation")
@@ -192,16 +196,19 @@ class Environments:
         observation, _ = self.envs[row].reset(seed=seed)
         encoded = np.asarray(observation if self._encode is None else self._encode(observation), np.float32)
         if encoded.shape != (self.observation_size,):
-            raise UserError(
-                f"environment {self.name}: an observation has shape {np.shape(observation)}, "
-                f"its space says {self.envs[row].observation_space}"
-            )
+            raise self._misshapen(row, observation)
         if not np.isfinite(encoded).all():
             raise UserError(
                 f"environment {self.name}, copy {self._placed.first + row}: nan or infinity in the first "
                 f"observation of episode {episode} (reset seed {seed})"
             )
         return encoded
+
+    def _misshapen(self, row: int, observation: Any) -> UserError:
+        return UserError(
+            f"environment {self.name}: an observation has shape {np.shape(observation)}, "
+            f"its space says {self.envs[row].observation_space}"
+        )
 
     def _replay(self, row: int, actions: np.ndarray) -> np.ndarray:
         started = self._started[row]

@@ -145,6 +145,15 @@ def test_an_observation_that_is_not_of_its_space_is_refused():
     refused(lambda: wrap(env), "environment Shaped", "shape ()")
 
 
+@pytest.mark.parametrize("shown", [np.float32([0.5]), np.zeros(4)], ids=["one number", "one too many"])
+def test_an_observation_that_changes_its_shape_is_refused(shown):
+    env = Shaped(spaces.Box(-1, 1, (3,)))
+    environments = wrap(env)
+    environments.step(np.array([0]))
+    env.shown = shown
+    refused(lambda: environments.step(np.array([0])), "environment Shaped", f"shape {shown.shape}", "(3,)")
+
+
 @pytest.mark.parametrize("what, argument", [("observation", "nan_at"), ("reward", "nan_reward_at")])
 def test_nan_stops_the_run_and_says_where(clocks, what, argument):
     environments = clocks(3, limit=4)
