@@ -69,8 +69,10 @@ class CompareConfig(Section):
         for name, rule in self.rules.items():
             if (rule.knob is None) != (not rule.values):
                 problems.append((f"rules.{name}.values", "a knob needs values, and values need a knob"))
-            if len(set(rule.values)) < len(rule.values):
-                problems.append((f"rules.{name}.values", "the same value stands there twice"))
+            if len(set(map(knob_text, rule.values))) < len(rule.values):
+                problems.append((f"rules.{name}.values", "the same value stands there twice, in six digits"))
+            if name == "reference":
+                problems.append((f"rules.{name}", "the page calls the start so; choose another name"))
             if "update" in rule.also:
                 problems.append((f"rules.{name}.also", "the update section stands in update"))
         if len(set(self.seeds)) < len(self.seeds):

@@ -120,7 +120,10 @@ def _limit(comparison: Comparison) -> dict[str, Any]:
     from lm_trust.training.build import build_world
 
     trainer, section = build_world(comparison.cells[0].config).trainer, comparison.config.limit
-    return limit_curves(reference_rewards(trainer.task, trainer.policy, section.prompts, section.samples))
+    try:
+        return limit_curves(reference_rewards(trainer.task, trainer.policy, section.prompts, section.samples))
+    finally:
+        trainer.task.close()
 
 
 def _study(comparison: Comparison) -> dict[str, Any]:

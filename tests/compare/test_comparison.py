@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lm_trust.compare.config import load_comparison
 from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
 from lm_trust.compare.results import CellResult, curves_of, read_cell
+from lm_trust.compare.run import _limit
 from lm_trust.compare.running import failure, train_cells
 from lm_trust.errors import UserError
 from lm_trust.training.run_folder import RunFolder
@@ -82,6 +84,8 @@ def test_every_rule_runs_with_every_value_and_seed_and_differs_in_nothing_else(f
     [
         ([("rules.trpo.values", "[]")], "rules.trpo.values: a knob needs values"),
         ([("rules.trpo.values", "[0.1, 0.1]")], "the same value stands there twice"),
+        ([("rules.trpo.values", "[0.01, 0.01000001]")], "the same value stands there twice, in six digits"),
+        ([("rules.reference", "{update: {kind: trpo}}")], "rules.reference: the page calls the start so"),
         ([("rules.trpo.knob", "update.max_lk")], "update.max_lk: unknown key"),
         ([("rules.ppo_clip.update.clip", "2")], "rules.ppo_clip: update.clip: must be less than 1"),
         ([("shared.total_steps", "no")], "shared: total_steps"),
@@ -188,6 +192,19 @@ def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison
     # A study of other settings is neither shown nor begun.
     assert compare(files, "--one_update.evaluations", "5") == 143
     assert json.loads((files / "out/report.json").read_text())["one_update"] is None
+
+
+def test_the_limit_closes_what_it_samples_with(monkeypatch):
+    closed = []
+    trainer = SimpleNamespace(task=SimpleNamespace(close=lambda: closed.append(True)), policy=None)
+    monkeypatch.setattr("lm_trust.training.build.build_world", lambda config: SimpleNamespace(trainer=trainer))
+    monkeypatch.setattr("lm_trust.compare.limit.reference_rewards", lambda *_: np.full((2, 8), np.nan))
+    comparison = SimpleNamespace(
+        cells=[SimpleNamespace(config=None)], config=SimpleNamespace(limit=SimpleNamespace(prompts=2, samples=8))
+    )
+    with pytest.raises(ValueError, match="finite rewards"):
+        _limit(comparison)
+    assert closed == [True]
 
 
 def test_the_report_counts_the_seeds_that_were_asked_for(files, monkeypatch):
