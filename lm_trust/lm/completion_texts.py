@@ -7,7 +7,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from lm_trust.lm.generation import Completions, decode
+from lm_trust.lm.generation import Completions, decode, decode_after
 from lm_trust.lm.prompts import Prompts
 from lm_trust.lm.text_pieces import token_texts
 
@@ -40,7 +40,10 @@ class CompletionTexts:
         """The texts after 0, 1, ... length tokens of each completion."""
         rows = [ids[:length] for ids, length in zip(self.written.tokens.tolist(), self.lengths, strict=True)]
         flat = [ids[:count] for ids in rows for count in range(len(ids) + 1)]
-        texts = iter(self.tokenizer.batch_decode(flat, skip_special_tokens=True))
+        before = [
+            token for token, ids in zip(self.written.last_prompt_tokens, rows, strict=True) for _ in range(len(ids) + 1)
+        ]
+        texts = iter(decode_after(self.tokenizer, before, flat))
         return [[next(texts) for _ in range(len(ids) + 1)] for ids in rows]
 
     @cached_property

@@ -38,6 +38,11 @@ class Completions:
         """(B, T) bool, True at real tokens, the first end of sequence among them."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths.unsqueeze(-1)
 
+    @property
+    def last_prompt_tokens(self) -> list[int]:
+        """B tokens, the one before each completion."""
+        return self.observations.input_ids[:, self.observations.prompt_width - 1].tolist()
+
 
 class GenerationEngine(Protocol):
     """What samples the completions of a rollout: any callable like `sample_completions`.
@@ -60,9 +65,28 @@ class GenerationEngine(Protocol):
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
-    """The completions' texts, up to their ends and without special tokens."""
+    """The completions' texts as they go on from their prompts, up to their ends and without special tokens."""
     rows = zip(completions.tokens.tolist(), completions.lengths.tolist(), strict=True)
-    return tokenizer.batch_decode([row[:length] for row, length in rows], skip_special_tokens=True)
+    return decode_after(tokenizer, completions.last_prompt_tokens, [row[:length] for row, length in rows])
+
+
+def decode_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], rows: Sequence[list[int]]) -> list[str]:
+    """The text that each row of tokens adds behind the token before it, without special tokens.
+
+    Alone, a row may lose its first space: decoders of the kind of Llama 2's take it for the start of a text.
+    """
+    distinct = list(set(before))
+    starts = dict(
+        zip(distinct, tokenizer.batch_decode([[token] for token in distinct], skip_special_tokens=True), strict=True)
+    )
+    joined = [[token, *row] for token, row in zip(before, rows, strict=True)]
+    texts = tokenizer.batch_decode(joined, skip_special_tokens=True)
+    for index, (token, text) in enumerate(zip(before, texts, strict=True)):
+        if text.startswith(starts[token]):
+            texts[index] = text[len(starts[token]) :]
+        else:  # such as where the two tokens share a character
+            texts[index] = tokenizer.batch_decode([rows[index]], skip_special_tokens=True)[0]
+    return texts
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, policy: CausalPolicy) -> list[int]:

@@ -108,6 +108,12 @@ def letters(prompts, completions, bonus, **_):
     return [0.01 * len(prompt) + 0.1 * len(completion) + extra for prompt, completion, extra in pairs]
 
 
+def completion_text(tokenizer, prompt, completion):
+    """What the completion's ids add to the text of the prompt's: the tiny tokenizer writes a space between words."""
+    whole, start = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*prompt, *completion], prompt))
+    return whole.removeprefix(start)
+
+
 def task_of(tokenizer, *, rewards=((letters, 1.0),), **settings):
     """A language task on the tiny prompts; the last two are held out."""
     prompts = Prompts(TEXTS, {"bonus": [0.5 * i for i in range(len(TEXTS))]}, "made.jsonl", "line", list(range(1, 7)))
@@ -137,6 +143,7 @@ def lm():
         plain_log_probs=plain_log_probs,
         checksum=checksum,
         letters=letters,
+        completion_text=completion_text,
         task=task_of,
         generator=lambda seed=0: make_generator(seed, "test"),
     )

@@ -36,7 +36,9 @@ def test_a_rollout_holds_what_was_sampled_and_paid(make_policy, tokenizer, lm):
     assert sorted(prompts_of(rollout)) == sorted(ids * 2)  # two epochs of four prompts
     completions = completions_of(rollout)
     texts = [lm.TEXTS[ids.index(prompt)] for prompt in prompts_of(rollout)]
-    written = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
+    written = [
+        lm.completion_text(tokenizer, prompt, ids) for prompt, ids in zip(prompts_of(rollout), completions, strict=True)
+    ]
     expected = lm.letters(texts, written, [0.5 * lm.TEXTS.index(text) for text in texts])
     assert rollout.rewards.sum(-1).tolist() == pytest.approx(expected)
     for row, completion in enumerate(completions):

@@ -49,7 +49,7 @@ def test_an_episode_by_hand(environment, lm, tokenizer):
     assert observation["tokens"][: observation["length"]].tolist() == [*prompt, 5]
     observation, reward, terminated, truncated, info = env.step(np.int64(lm.EOS))
     assert (terminated, truncated) == (True, False)
-    text = tokenizer.decode([5])
+    text = lm.completion_text(tokenizer, prompt, [5])
     assert info == {"prompt": lm.TEXTS[1], "completion": text}
     assert reward == pytest.approx(lm.letters([lm.TEXTS[1]], [text], [0.5])[0])
     assert observation["length"] == len(prompt) + 2
@@ -145,7 +145,7 @@ def test_stepping_by_hand_gives_the_batched_rollout(make_policy, tokenizer, envi
         assert observation["length"] == len(prompt) + length
         assert not rollout.rewards[row, length:].any()
         assert not (rollout.terminated | rollout.truncated)[row, length:].any()
-        assert info["completion"] == tokenizer.decode(rollout.actions[row, :length], skip_special_tokens=True)
+        assert info["completion"] == lm.completion_text(tokenizer, prompt, rollout.actions[row, :length].tolist())
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ def written(*rows, ended):
     tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     prompts = Prompts([f"p{row}" for row in range(len(rows))], {"worth": [1.0, 2.0, 4.0]}, "here", "line", [1, 2, 3])
-    observations = TokenObservations(tokens, torch.ones_like(tokens, dtype=torch.bool), 0)
+    ids = torch.nn.functional.pad(tokens, (1, 0), value=24)  # behind prompts of one token
+    observations = TokenObservations(ids, torch.ones_like(ids, dtype=torch.bool), 1)
     return CompletionTexts(Decoder(), prompts, Completions(observations, tokens, lengths, torch.tensor(ended)))
 
 
