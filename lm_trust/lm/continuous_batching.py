@@ -32,6 +32,19 @@ PAGE = 16  # tokens a page of the cache
 PREFILL = 1024  # most prompt tokens in one pass: the mask has a row for each of them and a column for all of the cache
 
 
+def check_model(policy: CausalPolicy) -> None:
+    """See that the model's attention can be replaced by one that knows the engine's cache.
+
+    Without that the engine runs and draws, silently, from another distribution.
+
+    Raises:
+        UserError: it cannot, as in GPT-Neo, GPT-J and BLOOM.
+    """
+    if not getattr(policy.causal_lm, "_supports_attention_backend", False):
+        name = type(policy.causal_lm).__name__
+        raise UserError(f"rollout.engine: continuous_batching cannot run {name}; use generate")
+
+
 @torch.no_grad()
 def sample_continuously(
     policy: CausalPolicy,
@@ -52,6 +65,7 @@ def sample_continuously(
     Raises:
         UserError: the engine cannot run this model, or failed.
     """
+    check_model(policy)
     every_device = range(torch.cuda.device_count())
     with _attention_put_back(policy.causal_lm), _garbage_aside(), torch.random.fork_rng(devices=every_device):
         manager = _manager(policy, prompt_ids, max_new_tokens, eos_ids, pad_id)

@@ -10,6 +10,7 @@ from transformers.utils.versions import require_version
 
 from lm_trust.errors import UserError
 from lm_trust.lm.generation import GenerationEngine, sample_completions
+from lm_trust.lm.policy import CausalPolicy
 
 
 def load_engine(name: str) -> GenerationEngine:
@@ -30,3 +31,15 @@ def load_engine(name: str) -> GenerationEngine:
 
         return sample_continuously
     raise ValueError(f"no generation engine {name!r}")
+
+
+def check_engine(name: str, policy: CausalPolicy) -> None:
+    """Look, before anything is sampled, whether the engine of that name can run the policy's model.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if name == "continuous_batching":
+        from lm_trust.lm.continuous_batching import check_model
+
+        check_model(policy)

@@ -115,7 +115,7 @@ def build_language_policy(config: LanguageConfig) -> CausalPolicy:
 
 def _language_world(config: LanguageConfig) -> World:
     from lm_trust.lm.encoding import encode
-    from lm_trust.lm.engines import load_engine
+    from lm_trust.lm.engines import check_engine, load_engine
     from lm_trust.lm.reward_scaling import RewardScaler
     from lm_trust.lm.rollout import LanguageTask, PromptSet
     from lm_trust.lm.rows import BadRows
@@ -145,6 +145,7 @@ def _language_world(config: LanguageConfig) -> World:
     bad.print_report()
     rewards.load()
     policy = build_language_policy(config)
+    check_engine(rollout.engine, policy)
     task = LanguageTask(
         tokenizer,
         rewards,

@@ -9,10 +9,12 @@ import pytest
 import torch
 from scipy import stats
 from tiny_models import EOS, WORDS
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from lm_trust.errors import UserError
-from lm_trust.lm.engines import load_engine
+from lm_trust.lm.engines import check_engine, load_engine
 from lm_trust.lm.loading import load_policy, load_tokenizer
+from lm_trust.lm.policy import CausalPolicy
 
 try:
     engine = load_engine("continuous_batching")
@@ -171,6 +173,19 @@ def test_the_attention_is_put_back(make_policy, tokenizer, lm):
     with pytest.raises(UserError, match=r"rollout\.engine: continuous_batching cannot run this model \(.*use generate"):
         draw(policy, tokenizer, lm.TEXTS)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_with_attention_of_its_own_is_refused(tokenizer, lm):
+    """GPT-Neo's cannot be replaced: the engine would draw from another distribution."""
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config = GPTNeoConfig(vocab_size=lm.V, bos_token_id=None, eos_token_id=EOS, **shape)
+    with torch.random.fork_rng(devices=[]):
+        policy = CausalPolicy(GPTNeoForCausalLM(config))
+    with pytest.raises(UserError, match=r"rollout\.engine: continuous_batching cannot run GPTNeoForCausalLM; use gen"):
+        draw(policy, tokenizer, lm.TEXTS)
+    with pytest.raises(UserError, match="cannot run GPTNeoForCausalLM"):
+        check_engine("continuous_batching", policy)
+    check_engine("generate", policy)
 
 
 def test_in_half_precision_the_engine_is_another_distribution(make_policy, tokenizer, lm):

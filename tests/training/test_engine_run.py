@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_runs import metrics, prepare, train
+from transformers import LlamaForCausalLM
 
 from lm_trust.cli import main
 from lm_trust.errors import UserError
@@ -59,6 +60,14 @@ def test_a_mismatch_beyond_the_limit_ends_the_run_with_a_checkpoint(workplace, c
     found = metrics("refused")
     assert len(found) == 4 and all(1e-9 < line["engine_kl"] < 0.1 for line in found)
     assert read_yaml((workplace / "refused" / "config.yaml").read_text())["rollout"]["mismatch"]["limit"] == 0.1
+
+
+def test_a_model_that_the_engine_cannot_run_is_refused_before_anything_is_sampled(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", None)
+    assert train("refused", rollout=ROLLOUT) == 2
+    assert "rollout.engine: continuous_batching cannot run LlamaForCausalLM; use generate" in capsys.readouterr().err
+    assert not holds_checkpoint(workplace / "refused" / "checkpoints")
 
 
 def test_the_keys_have_limits(capsys):
