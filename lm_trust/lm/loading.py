@@ -290,7 +290,11 @@ def check_holds_adapter(folder: Path) -> None:
         raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in it")
 
 
+def wrapped_by_adapter(module: nn.Module) -> bool:
+    """Whether an adapter, or a trained copy that is saved with one, changes what the module computes."""
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
 def _changes_head(model: PeftModel) -> bool:
     """Whether an adapter sits on the output embedding: scores go through its frozen weight and would pass it by."""
-    head = model.get_base_model().get_output_embeddings()
-    return isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    return wrapped_by_adapter(model.get_base_model().get_output_embeddings())

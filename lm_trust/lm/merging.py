@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft import PeftModel
+from torch import nn
+
 from lm_trust.errors import UserError
-from lm_trust.lm.loading import check_holds_adapter, load_adapter, load_base, load_tokenizer
+from lm_trust.lm.loading import check_holds_adapter, load_adapter, load_base, load_tokenizer, wrapped_by_adapter
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.saving import generation_config, write_model
 from lm_trust.verified_folder import replace_folder
@@ -52,9 +55,19 @@ def merge_adapter(
     tokenizer = load_tokenizer(path, **source)
     model = load_adapter(load_base(path, **source), adapter, keep_reference=False)
     generation = generation_config(tokenizer, CausalPolicy(model, temperature))
+    _keep_head(model)
     merged = model.merge_and_unload(safe_merge=True)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_folder(output, lambda target: write_model(merged, tokenizer, generation, target))
     except OSError as error:
         raise UserError(f"--output: {output} could not be written: {error.strerror or error}") from error
+
+
+def _keep_head(model: PeftModel) -> None:
+    """Where the adapter changes the input embedding, give the output one, which may be the same weight, its own."""
+    base = model.get_base_model()
+    if wrapped_by_adapter(base.get_input_embeddings()):
+        head = base.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False

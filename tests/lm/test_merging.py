@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lm_trust.errors import UserError
 from lm_trust.lm import merging
-from lm_trust.lm.loading import load_policy, load_tokenizer
+from lm_trust.lm.loading import load_base, load_policy, load_tokenizer
 from lm_trust.lm.merging import merge_adapter
+from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.saving import save_adapter
 
 
@@ -74,6 +76,30 @@ def test_a_run_that_started_from_an_adapter_merges_what_it_ended_with(model_fold
     found = log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), completions)
     torch.testing.assert_close(found, log_probs(policy.causal_lm, completions), rtol=0, atol=1e-4)
     with policy.as_reference():
+        assert (log_probs(policy.causal_lm, completions) - found).abs().max() > 0.01
+
+
+EMBEDDINGS = {"gpt2": "wte", "opt": "embed_tokens", "llama": "embed_tokens", "qwen2": "embed_tokens"}
+
+
+@pytest.mark.parametrize("how", ["lora", "saved copy"])
+@pytest.mark.parametrize("architecture", EMBEDDINGS)
+def test_an_adapted_input_embedding_leaves_the_head_that_it_is_tied_to(
+    model_folder, tokenizer, lm, tmp_path, architecture, how
+):
+    policy = load_policy(str(model_folder), r=2, targets=[EMBEDDINGS[architecture]])
+    if how == "saved copy":
+        settings = LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=[EMBEDDINGS[architecture]])
+        policy = CausalPolicy(get_peft_model(load_base(str(model_folder)), settings))
+    lm.move(policy)
+    completions = lm.sample(policy, tokenizer)
+    save_adapter(policy, tmp_path / "adapter")
+    merge_adapter(str(model_folder), tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not merged.config.tie_word_embeddings
+    found = log_probs(merged, completions)
+    torch.testing.assert_close(found, log_probs(policy.causal_lm, completions), rtol=0, atol=1e-4)
+    with policy.as_base():
         assert (log_probs(policy.causal_lm, completions) - found).abs().max() > 0.01
 
 
