@@ -172,7 +172,7 @@ def plain_sampling(
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_ids) or None,
+        eos_token_id=list(eos_ids) or -1,  # in place of None transformers takes the model's own
         pad_token_id=pad_id,
         use_cache=True,
     )

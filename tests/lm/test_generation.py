@@ -96,10 +96,12 @@ def test_one_permitted_token_and_no_end_in_reach(make_policy, tokenizer, lm):
 @pytest.mark.usefixtures("global_streams")
 def test_with_no_end_every_completion_goes_to_the_limit(make_policy, lm):
     generator = torch.Generator().manual_seed(0)
-    settings = {"max_new_tokens": 7, "eos_ids": [], "pad_id": 0, "generator": generator}
+    settings = {"max_new_tokens": 7, "eos_ids": [], "pad_id": lm.PAD, "generator": generator}
     completions = sample_completions(make_policy(), [[1, 2, 3]] * 40, **settings)
     assert completions.mask.all() and completions.tokens.shape == (40, 7) and not completions.ended.any()
     assert (completions.tokens == lm.EOS).any()
+    behind = (completions.tokens == lm.EOS).cumsum(-1)[:, :-1].bool()
+    assert (completions.tokens[:, 1:][behind] != lm.PAD).any()  # text goes on behind what is no end
 
 
 def test_the_generator_decides_and_moves_on(make_policy, tokenizer, lm):
