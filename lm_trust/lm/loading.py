@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
@@ -221,18 +222,23 @@ def context_length(path: str, *, revision: str | None = None, trust_remote_code:
     Raises:
         UserError: the configuration cannot be loaded.
     """
+    config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """The language model's configuration, which a multimodal one holds inside."""
     source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        return AutoConfig.from_pretrained(source, **options).get_text_config()
     except Exception as error:
         raise UserError(f"model.path: no model configuration in {path!r}: {first_line(error)}") from error
-    return getattr(config, "max_position_embeddings", None)
 
 
 @torch.no_grad()
 def _check_head(model: nn.Module) -> None:
     """Scores are computed from hidden states through the output embedding; see that this is what the model does."""
-    ids = torch.arange(1, 5, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
+    ids = torch.arange(1, 5, device=model.device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     head = model.get_output_embeddings()
     if head is not None:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+)
 
 from lm_trust.errors import UserError
 from lm_trust.lm.loading import (
@@ -20,6 +27,7 @@ from lm_trust.lm.loading import (
     load_tokenizer,
     prepare_base,
 )
+from lm_trust.lm.policy import TokenObservations
 from lm_trust.lm.saving import load_trained, save_adapter, save_trained
 
 
@@ -77,6 +85,21 @@ def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
 def test_the_context_is_read_without_the_model(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path)
     assert context_length(str(tmp_path)) == 64
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path):
+    """Its configuration has neither positions nor a vocabulary; the language model's inside has."""
+    text = {"head_dim": 8, "max_position_embeddings": 32, **SMALL}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={"image_size": 28, **vision}, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert context_length(str(tmp_path)) == 32
+    policy = load_policy(str(tmp_path), r=2, targets=["q_proj"])
+    ids = torch.arange(3, 9).unsqueeze(0)
+    with torch.no_grad():
+        logits = policy.causal_lm(input_ids=ids).logits[:, 1:-1]
+        found = policy.distribution(TokenObservations(ids, torch.ones_like(ids, dtype=torch.bool), 2)).dense()
+    torch.testing.assert_close(found.log_probs, logits.log_softmax(-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_base, context_length])
