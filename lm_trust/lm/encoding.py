@@ -17,6 +17,7 @@ def encode(
     *,
     context: int | None,
     max_new_tokens: int,
+    vocabulary: int | None = None,
     max_tokens: int | None = None,
     truncate: int | None = None,
     bad: BadRows | None = None,
@@ -27,16 +28,17 @@ def encode(
     a special token, that token. A chat goes through the chat template, which sets its own start token and opens the
     model's answer; its messages may not spell special tokens, which would end or forge a message.
 
-    context: positions that the model has, None where it sets no limit. max_tokens: the longest prompt allowed
-    besides. truncate: how many of a plain text's first tokens are the prompt; None: all of them. What is left of the
-    text is what rewards receive. bad: takes the prompts without tokens, too long, or not fit for the template.
+    context: positions that the model has, None where it sets no limit. vocabulary: tokens that it has an embedding of;
+    None: all of the tokenizer's. max_tokens: the longest prompt allowed besides. truncate: how many of a plain text's
+    first tokens are the prompt; None: all of them. What is left of the text is what rewards receive. bad: takes the
+    prompts without tokens, too long, with tokens that the model lacks, or not fit for the template.
     Raises UserError for the first of them where bad rows are errors, with the number of the others.
     """
     bad = bad or BadRows()
     ids = _ids(tokenizer, prompts)
     if truncate is not None:
         prompts, ids = _truncated(tokenizer, prompts, ids, truncate)
-    room = _Room(context, max_new_tokens, max_tokens)
+    room = _Room(context, max_new_tokens, max_tokens, vocabulary)
     longest = max((len(row) for row in ids if not isinstance(row, str)), default=0)
     if context is not None and context <= max_new_tokens:
         raise UserError(
@@ -64,11 +66,12 @@ def encode(
 
 @dataclass(frozen=True)
 class _Room:
-    """How long a prompt may be."""
+    """How long a prompt may be, and of which tokens."""
 
     context: int | None
     max_new_tokens: int
     max_tokens: int | None
+    vocabulary: int | None
 
     def problem(self, ids: list[int], text: str) -> str | None:
         if not ids:
@@ -81,6 +84,11 @@ class _Room:
             )
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             return f"a prompt of {len(ids)} tokens, more than prompts.max_tokens {self.max_tokens}"
+        if self.vocabulary is not None and max(ids) >= self.vocabulary:
+            return (
+                f"the prompt has token {max(ids)}, and the model of model.path has {self.vocabulary} embeddings; "
+                "resize them, or give the tokenizer that the model was trained with"
+            )
         return None
 
 

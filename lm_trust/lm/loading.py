@@ -35,10 +35,12 @@ from lm_trust.lm.sharding import shard
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with left padding; where it has no pad token, the end of sequence pads.
+    """The model's tokenizer, with left padding.
+
+    Where it has no pad token, or one that the model has no embedding of, the end of sequence pads.
 
     Raises:
-        UserError: it cannot be loaded, or has no end-of-sequence token.
+        UserError: it cannot be loaded, or has no end-of-sequence token that the model knows.
     """
     source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
     try:
@@ -47,7 +49,14 @@ def load_tokenizer(
         raise UserError(f"model.path: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; completions need one")
-    if tokenizer.pad_token_id is None:
+    size = vocabulary_size(path, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id >= size:
+        raise UserError(
+            f"model.path: the tokenizer of {path!r} ends a sequence by token {tokenizer.eos_token_id}, and the model "
+            f"has {size} embeddings; resize them, or give the tokenizer that the model was trained with"
+        )
+    # What pads is masked, and its embedding is looked up all the same.
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
@@ -224,6 +233,15 @@ def context_length(path: str, *, revision: str | None = None, trust_remote_code:
     """
     config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
     return getattr(config, "max_position_embeddings", None)
+
+
+def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """Tokens that the model has an embedding of, ids from 0, read from its configuration alone.
+
+    Raises:
+        UserError: the configuration cannot be loaded.
+    """
+    return _text_config(path, revision=revision, trust_remote_code=trust_remote_code).vocab_size
 
 
 def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

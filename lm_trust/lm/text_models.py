@@ -5,6 +5,7 @@ A completion reaches such a model as text and is tokenised anew: its vocabulary 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def with_tokenizer(
 ) -> TextModel:
     """The model with the tokenizer that lies beside it.
 
-    Where the tokenizer has no pad token the end of sequence pads.
+    Where the tokenizer has no pad token that the model has an embedding of, the end of sequence pads.
 
     Raises:
         UserError: the tokenizer cannot be loaded, has no vocabulary, or no token to pad with.
@@ -137,9 +138,10 @@ def with_tokenizer(
         raise UserError(f"{key}: {path!r} holds no tokenizer; put the model's own beside it")
     config = model.config.get_text_config()
     choices = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)
-    pad_id = next((choice for choice in choices if choice is not None), None)
+    size = getattr(config, "vocab_size", math.inf)  # a few models take characters
+    pad_id = next((choice for choice in choices if choice is not None and choice < size), None)
     if pad_id is None:
-        raise UserError(f"{key}: the tokenizer of {path!r} has neither a pad nor an end-of-sequence token to pad with")
+        raise UserError(f"{key}: {path!r} has neither a pad nor an end-of-sequence token of its model to pad with")
     # A model that takes its score at the last token finds it as the last that is not this one.
     config.pad_token_id = pad_id
     # What is to be judged stands at the end of a text, behind its prompt.

@@ -77,16 +77,18 @@ def _check_processes(config: Config) -> None:
             raise UserError(f"{key}: {count} cannot be shared out among {process_count()} processes; raise it")
 
 
-def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The model's tokenizer, and how many positions the model has (None: no limit); the model is not loaded.
+def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None, int]:
+    """The model's tokenizer, how many positions the model has (None: no limit), and how many tokens it knows.
+
+    The model is not loaded.
 
     Raises:
         UserError: they cannot be loaded.
     """
-    from lm_trust.lm.loading import context_length, load_tokenizer
+    from lm_trust.lm.loading import context_length, load_tokenizer, vocabulary_size
 
-    source = _source(config)
-    return load_tokenizer(config.model.path, **source), context_length(config.model.path, **source)
+    path, source = config.model.path, _source(config)
+    return load_tokenizer(path, **source), context_length(path, **source), vocabulary_size(path, **source)
 
 
 def build_language_policy(config: LanguageConfig) -> CausalPolicy:
@@ -131,13 +133,14 @@ def _language_world(config: LanguageConfig) -> World:
     rewards.check_columns(training.fields)
     rewards.check_columns(heldout.fields)
 
-    tokenizer, context = build_tokenizer(config)
+    tokenizer, context, vocabulary = build_tokenizer(config)
     if config.critic.kind == "model" and config.critic.path is not None:
         trusted = config.model.trust_remote_code
         context = common_context(config.critic.path, tokenizer, context, trust_remote_code=trusted)
     limits = {
         "context": context,
         "max_new_tokens": rollout.max_new_tokens,
+        "vocabulary": vocabulary,
         "max_tokens": config.prompts.max_tokens,
         "truncate": getattr(config.prompts, "truncate", None),
     }

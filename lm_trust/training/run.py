@@ -167,10 +167,10 @@ def generate(
     except UnicodeEncodeError:  # bytes of a command line that are no text
         raise UserError("prompt: it is not text in UTF-8") from None
     limit = max_new_tokens or config.rollout.max_new_tokens
-    tokenizer, context = build_tokenizer(config)
+    tokenizer, context, vocabulary = build_tokenizer(config)
     template = getattr(config.prompts, "template", None)  # what training made of a problem, or of a row's text
     typed = typed_prompt(prompt if template is None else fill(template, prompt), chat=config.prompts.chat)
-    _, ids = encode(tokenizer, typed, context=context, max_new_tokens=limit)
+    _, ids = encode(tokenizer, typed, context=context, vocabulary=vocabulary, max_new_tokens=limit)
     policy = build_language_policy(config)
     load_trained(policy, (best_folder(run) if best else run) / trained_name(policy))
     with policy.as_reference() if reference else nullcontext():

@@ -103,6 +103,14 @@ def test_an_encoders_scores_are_those_of_each_text_alone(bert, batch_size):
     assert torch.tensor(scores).std() > 0.1
 
 
+def test_a_pad_token_that_the_model_has_no_embedding_of_never_pads(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "padded")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "padded")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    close(load(tmp_path / "padded")(PROMPTS, COMPLETIONS), logits_alone(bert)[:, 2])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 @pytest.mark.parametrize("own_pad", [False, True])
 def test_a_decoders_scores_are_those_of_each_text_alone(

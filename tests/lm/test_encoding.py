@@ -55,6 +55,12 @@ def test_ids_are_the_tokenizers_own_for_each_prompt(tokenizer):
     assert ids_of(tokenizer, ["a b", "b", "a c b a a a"]) == [[1, 2], [2], [1, 0, 2, 1, 1, 1]]
 
 
+def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_row(tokenizer):
+    assert ids_of(tokenizer, ["a b", "a"], vocabulary=3) == [[1, 2], [1]]
+    with pytest.raises(UserError, match=r"line 2: the prompt has token 2, and the model of model\.path has 2 embed"):
+        ids_of(tokenizer, ["a", "a b"], vocabulary=2)
+
+
 def test_only_the_first_tokens_of_a_text_are_the_prompt_and_what_rewards_receive(tokenizer):
     prompts, ids = encode(tokenizer, made(["a b a b a", "b", "a b"]), context=16, max_new_tokens=10, truncate=2)
     assert ids == [[1, 2], [2], [1, 2]]

@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -56,6 +58,31 @@ def test_a_tokenizer_without_an_end_is_refused(model_folder, tmp_path):
     with pytest.raises(UserError, match=r"model\.path: .* no end-of-sequence token") as error:
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in one_line(error)
+
+
+def add_token(folder, target, **special):
+    """The folder with a special token more in its tokenizer, and a model that has not grown with it."""
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.add_special_tokens(special) == 1
+    tokenizer.save_pretrained(target)
+    assert len(tokenizer) > AutoConfig.from_pretrained(target).vocab_size
+    return str(target)
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_of_never_pads(model_folders, architecture, lm, tmp_path):
+    folder = add_token(model_folders(architecture, True), tmp_path / "padded", pad_token="[PAD]")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id == lm.EOS
+    policy = load_policy(folder, r=2)
+    with torch.no_grad():
+        assert policy.distribution(lm.sample(policy, tokenizer).observations).dense().log_probs.isfinite().all()
+
+
+def test_an_end_that_the_model_has_no_embedding_of_is_refused(model_folders, architecture, tmp_path, lm):
+    folder = add_token(model_folders(architecture, True), tmp_path / "ended", eos_token="[END]")
+    with pytest.raises(UserError, match=rf"model\.path: .* ends a sequence by token {lm.V}, .* has {lm.V} embeddings"):
+        load_tokenizer(folder)
 
 
 def test_a_base_is_frozen_at_rest_and_in_single_precision(model_folder, tmp_path, lm):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import lm_trust
 from lm_trust.cli import main
+from lm_trust.errors import UserError
 from lm_trust.lm.rows import BadRows
 from lm_trust.training.build import _prompts, build_world
 from lm_trust.training.config_file import load_config
@@ -60,6 +61,17 @@ def write(tmp_path, monkeypatch, models):
 
 def task_of(path):
     return build_world(load_config(path)).trainer.task
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_refused_before_it_loads(write, models):
+    path = write(model={"path": "grown"}, prompts={"path": "p.jsonl", "heldout": "p.jsonl"})
+    tokenizer = AutoTokenizer.from_pretrained(models / "plain")
+    tokenizer.add_tokens(["[X]"])
+    tokenizer.save_pretrained("grown")
+    shutil.copy(models / "plain" / "config.json", "grown")
+    Path("p.jsonl").write_text('{"prompt": "the film"}\n{"prompt": "the [X]"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: the prompt has token 22, .* has 22 embeddings"):
+        build_world(load_config(path))
 
 
 def test_bad_rows_of_both_kinds_are_left_out_and_told_in_one_line(write, capsys):
