@@ -24,9 +24,10 @@ def encode(
 ) -> tuple[Prompts, list[list[int]]]:
     """The prompts that can be used, and the token ids of each.
 
-    A plain text is encoded as the tokenizer does it: with a start token where it sets one, and where the text spells
-    a special token, that token. A chat goes through the chat template, which sets its own start token and opens the
-    model's answer; its messages may not spell special tokens, which would end or forge a message.
+    A plain text is encoded as the tokenizer does it, with a start token where it sets one, but open: without what it
+    sets behind a text. Where the text spells a special token, that token is meant. A chat goes through the chat
+    template, which sets its own start token and opens the model's answer; its messages may not spell special tokens,
+    which would end or forge a message.
 
     context: positions that the model has, None where it sets no limit. vocabulary: tokens that it has an embedding of;
     None: all of the tokenizer's. max_tokens: the longest prompt allowed besides. truncate: how many of a plain text's
@@ -98,9 +99,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[list[int]
     ids: list[list[int] | str] = [[]] * len(prompts)
     if plain:
         texts = [prompts.texts[index] for index in plain]
-        encoded = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-        for index, row in zip(plain, encoded, strict=True):
-            ids[index] = list(row)
+        encoded = tokenizer(texts, padding=False, truncation=False, return_special_tokens_mask=True, verbose=False)
+        for index, row, set_by_itself in zip(plain, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            ids[index] = _open(list(row), set_by_itself)
     if len(plain) == len(prompts):
         return ids
     if not tokenizer.chat_template:
@@ -114,6 +115,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[list[int]
         if chat is not None:
             ids[index] = _chat_ids(tokenizer, chat, special)
     return ids
+
+
+def _open(ids: list[int], set_by_itself: list[int]) -> list[int]:
+    """Without what the tokenizer sets behind a text: the model is to go on from the text, not from its end."""
+    length = len(ids)
+    while length and set_by_itself[length - 1]:
+        length -= 1
+    return ids[:length] or ids  # of nothing but what it sets a start may be all that there is
 
 
 def _truncated(

@@ -61,6 +61,18 @@ def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_row(tokenizer)
         ids_of(tokenizer, ["a", "a b"], vocabulary=2)
 
 
+@pytest.mark.parametrize("template", ["$A <e>", "<s> $A <e>", "<s> $A <e> <e>", "<s> $A", "$A"])
+def test_a_text_has_the_start_that_the_tokenizer_sets_and_never_the_end(template):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<s>": 3, "<e>": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 3), ("<e>", 4)])
+    sets_both = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="<e>")
+    start = [3] if template.startswith("<s>") else []
+    # What the text spells itself stays.
+    assert ids_of(sets_both, ["a b", "b <e>", "<s> a"]) == [[*start, *ids] for ids in ([1, 2], [2, 4], [3, 1])]
+    assert ids_of(sets_both, ["a b a"], truncate=3) == [([*start, 1, 2, 1])[:3]]
+
+
 def test_only_the_first_tokens_of_a_text_are_the_prompt_and_what_rewards_receive(tokenizer):
     prompts, ids = encode(tokenizer, made(["a b a b a", "b", "a b"]), context=16, max_new_tokens=10, truncate=2)
     assert ids == [[1, 2], [2], [1, 2]]
