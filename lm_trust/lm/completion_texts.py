@@ -22,7 +22,7 @@ class CompletionTexts:
 
     @cached_property
     def texts(self) -> list[str]:
-        """B texts, up to their ends and without special tokens."""
+        """B texts, without the tokens that end them and special ones."""
         return decode(self.tokenizer, self.written)
 
     @cached_property
@@ -37,14 +37,15 @@ class CompletionTexts:
 
     @cached_property
     def beginnings(self) -> list[list[str]]:
-        """The texts after 0, 1, ... length tokens of each completion."""
-        rows = [ids[:length] for ids, length in zip(self.written.tokens.tolist(), self.lengths, strict=True)]
+        """The texts after 0, 1, ... length tokens of each completion; an end of sequence adds nothing."""
+        rows = self.written.text_tokens
         flat = [ids[:count] for ids in rows for count in range(len(ids) + 1)]
         before = [
             token for token, ids in zip(self.written.last_prompt_tokens, rows, strict=True) for _ in range(len(ids) + 1)
         ]
         texts = iter(decode_after(self.tokenizer, before, flat))
-        return [[next(texts) for _ in range(len(ids) + 1)] for ids in rows]
+        beginnings = [[next(texts) for _ in range(len(ids) + 1)] for ids in rows]
+        return [each + each[-1:] * ended for each, ended in zip(beginnings, self.ended, strict=True)]
 
     @cached_property
     def tokens(self) -> list[list[str]]:

@@ -39,6 +39,12 @@ class Completions:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths.unsqueeze(-1)
 
     @property
+    def text_tokens(self) -> list[list[int]]:
+        """B lists of the tokens before each end of sequence, which need not be a special token."""
+        counts = self.lengths - self.ended.long()
+        return [row[:count] for row, count in zip(self.tokens.tolist(), counts.tolist(), strict=True)]
+
+    @property
     def last_prompt_tokens(self) -> list[int]:
         """B tokens, the one before each completion."""
         return self.observations.input_ids[:, self.observations.prompt_width - 1].tolist()
@@ -65,9 +71,8 @@ class GenerationEngine(Protocol):
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
-    """The completions' texts as they go on from their prompts, up to their ends and without special tokens."""
-    rows = zip(completions.tokens.tolist(), completions.lengths.tolist(), strict=True)
-    return decode_after(tokenizer, completions.last_prompt_tokens, [row[:length] for row, length in rows])
+    """The completions' texts as they go on from their prompts, without the tokens that end them and special ones."""
+    return decode_after(tokenizer, completions.last_prompt_tokens, completions.text_tokens)
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], rows: Sequence[list[int]]) -> list[str]:

@@ -35,12 +35,12 @@ def byte_level():
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
-def written(tokenizer, *pairs):
+def written(tokenizer, *pairs, ends=()):
     """The texts of completions, from pairs of the ids of a prompt and of what was written behind it."""
     prompts, mask = left_pad([prompt for prompt, _ in pairs], tokenizer.eos_token_id)
     longest = max(len(row) for _, row in pairs)
     tokens = torch.tensor([[*row, *[tokenizer.eos_token_id] * (longest - len(row))] for _, row in pairs])
-    found = complete(mask, prompts, tokens, eos_ids=[tokenizer.eos_token_id])
+    found = complete(mask, prompts, tokens, eos_ids=[tokenizer.eos_token_id, *ends])
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _ in pairs]
     return CompletionTexts(tokenizer, Prompts(texts, {}, "made", "line", list(range(len(texts)))), found)
 
@@ -90,3 +90,13 @@ def test_a_character_that_a_cut_prompt_began_is_shown_as_unfinished(byte_level):
     first, *rest = byte_level("☕ good")["input_ids"]
     texts = written(byte_level, ([first], rest))
     assert texts.texts == ["\ufffd\ufffd good"]
+
+
+def test_an_end_is_no_part_of_the_text_whether_or_not_it_is_a_special_token(byte_level):
+    start, (dot,) = byte_level("so")["input_ids"], byte_level(".")["input_ids"]
+    rows = [byte_level(text)["input_ids"] for text in (" it.", ".", " isn")]
+    texts = written(byte_level, *((start, row) for row in rows), ends=[dot])
+    assert texts.texts == [" it", "", " isn"]
+    assert texts.beginnings == [["", " ", " i", " it", " it"], ["", ""], ["", " ", " i", " is", " isn"]]
+    assert texts.tokens == [[" ", "i", "t", ""], [""], [" ", "i", "s", "n"]]
+    assert texts.lengths == [4, 1, 4]
