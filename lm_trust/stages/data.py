@@ -95,6 +95,8 @@ def load_pairs(section: PairData, tokenizer: PreTrainedTokenizerBase, seed: int)
             words = _side_problem(row, (*prompt, side), tokenizer)
             if words:
                 return words
+        if isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
+            return _mixed(("chosen", "rejected"))
         return "chosen and rejected are the same" if row["chosen"] == row["rejected"] else None
 
     def shaped(row: Row) -> Row:

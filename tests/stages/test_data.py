@@ -138,6 +138,14 @@ def test_pairs_go_on_from_their_prompt(tmp_path):
         ({"chosen": "a"}, "no field 'rejected'"),
         ({"chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ({"chosen": "a", "rejected": 2}, "field 'rejected' is int"),
+        (
+            {"chosen": "a", "rejected": [ASSISTANT]},
+            "chosen and rejected must both be texts, or both lists of chat mess",
+        ),
+        (
+            {"chosen": [ASSISTANT], "rejected": "b"},
+            "chosen and rejected must both be texts, or both lists of chat mess",
+        ),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "must both be texts, or both lists of chat messages"),
     ],
 )
