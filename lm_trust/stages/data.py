@@ -69,7 +69,7 @@ def load_texts(section: TextData, tokenizer: PreTrainedTokenizerBase, seed: int)
         columns = columns or ((section.field,) if section.field else _format_of(row))
         if not columns:
             return missing_field(row, "text", "data.field")
-        return _side_problem(row, columns, tokenizer)
+        return _side_problem(row, columns, tokenizer, "data.field")
 
     def shaped(row: Row) -> Row:
         if section.field is None:
@@ -92,7 +92,7 @@ def load_pairs(section: PairData, tokenizer: PreTrainedTokenizerBase, seed: int)
     def problem(row: Row) -> str | None:
         prompt = ("prompt",) if row.get("prompt") is not None else ()
         for side in ("chosen", "rejected"):
-            words = _side_problem(row, (*prompt, side), tokenizer)
+            words = _side_problem(row, (*prompt, side), tokenizer, "data.path")
             if words:
                 return words
         if isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
@@ -168,13 +168,16 @@ def _format_of(row: Row) -> tuple[str, ...]:
     return next((columns for columns in FORMATS if all(column in row for column in columns)), ())
 
 
-def _side_problem(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What is wrong with columns of a row that go on from one another, if anything: texts, or messages of a chat."""
+def _side_problem(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, key: str) -> str | None:
+    """What is wrong with columns of a row that go on from one another, if anything: texts, or messages of a chat.
+
+    key: where it is set which columns they are.
+    """
     for column in columns:
         words = (
             _messages_problem(row[column], column)
             if isinstance(row.get(column), list)
-            else text_problem(row, column, "data.field" if column == "text" else "data.path")
+            else text_problem(row, column, key)
         )
         if words:
             return words

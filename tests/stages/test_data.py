@@ -63,6 +63,11 @@ def test_a_named_field_holds_texts_or_messages(tmp_path):
     assert sorted(row["messages"][0]["role"] for row in rows) == ["assistant", "user"]
 
 
+def test_a_named_field_that_is_not_there_is_the_keys_fault(tmp_path):
+    with pytest.raises(UserError, match=r"line 1: no field 'revew'; .* \(did you mean 'review'\?\); set data\.field"):
+        texts_of(tmp_path, [{"review": "a"}, {"review": "b"}], field="revew")
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
