@@ -106,6 +106,9 @@ def load_classifier(section: Any, *, key: str, device: torch.device | str) -> Cl
 def _load_adapter(folder: Path, section: Any, *, key: str, device: torch.device | str) -> TextModel:
     """A classifier that is a PEFT adapter: its base with a head of as many labels as the adapter has, and the adapter.
 
+    The base is of the revision that the adapter records, the only one that it fits; of the section's where it records
+    none.
+
     Raises:
         UserError: it holds no head, or its base cannot be loaded.
     """
@@ -123,7 +126,7 @@ def _load_adapter(folder: Path, section: Any, *, key: str, device: torch.device 
             "give one that lm-trust reward-model or trl's RewardTrainer made, with modules_to_save [score]"
         )
     base = _base_of(config)
-    remote = {"revision": config.revision, "trust_remote_code": section.trust_remote_code}
+    remote = {"revision": config.revision or section.revision, "trust_remote_code": section.trust_remote_code}
     model, missing = load_model(
         AutoModelForSequenceClassification, base, key=key, device=device, num_labels=labels, **remote
     )

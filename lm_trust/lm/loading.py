@@ -117,6 +117,7 @@ def attach_adapter(
     targets: list[str] | None = None,
     seed: int = 0,
     name: str = "default",
+    revision: str | None = None,
 ) -> PeftModel:
     """Put a fresh LoRA adapter on the base (Hu et al. 2021): B starts at zero, so the policy starts as the base.
 
@@ -126,6 +127,7 @@ def attach_adapter(
         targets: module names; None lets peft choose by architecture (attention's query and value projections).
         seed: of the initial A matrices; the caller's generators are left as they were.
         name: the adapter's.
+        revision: of the base, which the adapter records.
 
     Raises:
         UserError: the targets do not exist or include the output head, or peft knows none for this architecture.
@@ -138,6 +140,7 @@ def attach_adapter(
         target_modules=targets,
         lora_dropout=0.0,
         fan_in_fan_out=conv1d,
+        revision=revision,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, "lm.adapter"))
@@ -212,7 +215,7 @@ def load_policy(
     if adapter is not None:
         model = load_adapter(model, adapter)
     elif r is not None:
-        model = attach_adapter(model, r=r, alpha=alpha, targets=targets, seed=seed)
+        model = attach_adapter(model, r=r, alpha=alpha, targets=targets, seed=seed, revision=revision)
     else:
         model.requires_grad_(True)
     policy = CausalPolicy(

@@ -68,7 +68,7 @@ def reward_model(config: RewardModelConfig, output: Path) -> int:
     if config.model.lora is None:
         model.requires_grad_(True)
     else:
-        model = attach_reward_adapter(model, config.model.lora, seed=config.seed)
+        model = attach_reward_adapter(model, config.model.lora, seed=config.seed, revision=config.model.revision)
     folder = RunFolder(output)
     with quiet_libraries():
         arguments = RewardArguments(
@@ -122,8 +122,10 @@ def load_reward_base(
     return model
 
 
-def attach_reward_adapter(base: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
+def attach_reward_adapter(base: nn.Module, lora: Lora, *, seed: int, revision: str | None = None) -> nn.Module:
     """Put a fresh LoRA adapter on the base; peft trains and saves the head of a sequence classifier whole.
+
+    The adapter records the base's revision.
 
     Raises:
         UserError: the targets do not exist, or peft knows none for this architecture.
@@ -135,6 +137,7 @@ def attach_reward_adapter(base: nn.Module, lora: Lora, *, seed: int) -> nn.Modul
         target_modules=lora.targets,
         lora_dropout=0.0,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+        revision=revision,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, "stages.reward_adapter"))

@@ -50,7 +50,7 @@ def sft(config: SftConfig, output: Path) -> int:
         model.requires_grad_(True)
     else:
         lora = config.model.lora
-        model = attach_adapter(model, r=lora.r, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+        model = attach_adapter(model, **lora.model_dump(), seed=config.seed, revision=config.model.revision)
     folder = RunFolder(output)
     with quiet_libraries():
         trainer = SFTTrainer(

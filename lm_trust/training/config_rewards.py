@@ -46,7 +46,7 @@ class ClassifierReward(Section):
     kind: Literal["classifier"] = "classifier"
     name: Name | None = Field(None, description="what metrics call it; null: the last part of path")
     path: Name = Field(description="a local folder (a model, or an adapter of one) or a hub id")
-    revision: Name | None = Field(None, description="revision of a hub id")
+    revision: Name | None = Field(None, description="revision of a hub id, or of an adapter's base if it records none")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     label: Name | None = Field(None, description="the class whose score counts; null: the last one")
     output: Literal["logit", "log_probability", "probability"] = Field("logit", description="what of it")

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lm_trust.errors import UserError
-from lm_trust.lm import pretrained, smollm2
+from lm_trust.lm import classifier_reward, pretrained, smollm2
 from lm_trust.lm.classifier_reward import load_classifier
 from lm_trust.lm.rewards import WeightedRewards
 from lm_trust.stages.training import quiet_libraries
@@ -311,6 +311,22 @@ def test_an_adapter_of_the_cached_smollm2_finds_it_on_any_machine(model_folders,
         ours, theirs = classifier.text_model.model.state_dict(), trained.state_dict()
         # The base's own head, which the adapter's replaces, is random.
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "original_module" not in name)
+
+
+@pytest.mark.parametrize(("recorded", "asked"), [("v1", "v1"), (None, "v2")])
+def test_an_adapters_base_is_of_the_revision_that_it_records(model_folders, tmp_path, monkeypatch, recorded, asked):
+    adapter_of(model_folders("llama"), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": recorded}))
+    revisions, load_model = [], classifier_reward.load_model
+
+    def noted(*given, **settings):
+        revisions.append(settings["revision"])
+        return load_model(*given, **settings)
+
+    monkeypatch.setattr(classifier_reward, "load_model", noted)
+    load(tmp_path, revision="v2")
+    assert revisions == [asked]
 
 
 # Refusals

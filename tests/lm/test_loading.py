@@ -212,6 +212,12 @@ def test_targets_are_the_architectures_or_the_users(model_folder, architecture):
     assert (policy.model.peft_config["default"].r, policy.model.peft_config["default"].lora_alpha) == (3, 7)
 
 
+def test_an_adapter_records_the_revision_of_its_base(model_folder, tmp_path):
+    save_adapter(load_policy(str(model_folder), r=2, revision="v1"), tmp_path)
+    recorded = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (recorded["base_model_name_or_path"], recorded["revision"]) == (str(model_folder), "v1")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_targets_are_refused_by_key(model_folder, lm, architecture):
     with pytest.raises(UserError, match=r"^model\.lora\.targets: .*nonsense") as error:

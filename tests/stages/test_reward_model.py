@@ -1,6 +1,7 @@
 """The reward model from end to end on a tiny model: what it learns, writes, and that it is a reward by itself."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def test_it_learns_and_is_a_reward_by_itself(stage, pairs, models, architecture,
     assert after["count"] == len(heldout) == 16
     assert after["margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-4)
     assert after["accuracy"] == pytest.approx((chosen > rejected).double().mean().item())
+
+
+def test_its_adapter_records_the_revision_of_its_base(stage, pairs):
+    assert stage("reward-model", pairs, **{"training.max_steps": 1, "model.revision": "v1"}) == 0
+    assert json.loads(Path("run/adapter/adapter_config.json").read_text())["revision"] == "v1"
 
 
 def test_the_interval_is_wilsons(stage, pairs, evaluation):

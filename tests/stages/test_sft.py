@@ -83,6 +83,11 @@ def test_chat_messages_are_learnt_as_the_template_writes_them(stage, chat_model,
     assert evaluation()["before"]["tokens"] == 3
 
 
+def test_its_adapter_records_the_revision_of_its_base(stage, texts):
+    assert stage("sft", texts, **{"training.max_steps": 1, "model.revision": "v1"}) == 0
+    assert json.loads(Path("run/adapter/adapter_config.json").read_text())["revision"] == "v1"
+
+
 def test_the_same_seed_gives_the_same_bits(stage, texts, models):
     """GPT-2 has dropout, so every stream of a run takes part."""
     keys = {"model.path": models("gpt2"), "training.max_steps": 3}
