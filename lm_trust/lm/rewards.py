@@ -217,6 +217,8 @@ class WeightedRewards:
 def _resolved(part: RewardPart, key: str, taken: Sequence[str]) -> _Part:
     if not isinstance(part.weight, Real) or not math.isfinite(part.weight):
         raise UserError(f"{key}.weight: {short(part.weight)} is not a finite number")
+    if not part.step_delimiter:
+        raise UserError(f"{key}.step_delimiter: it is empty; give the text that ends a step")
     function, name = part.function, part.function
     if isinstance(name, str) and part.process:
         function = RewardProcess(name, key=key, timeout=part.timeout, memory=part.memory)

@@ -211,6 +211,11 @@ def test_a_step_level_function_gives_each_step_a_number():
     assert found.total.tolist() == [12.0, 0.0, 0.0]
 
 
+def test_steps_that_nothing_ends_are_refused():
+    with pytest.raises(UserError, match=r"rewards\[0\]\.step_delimiter: it is empty"):
+        WeightedRewards([RewardPart("length", level="step", step_delimiter="")])
+
+
 @pytest.mark.parametrize("parallel", [1, 2])
 @pytest.mark.parametrize(
     ("numbers", "message"),
