@@ -2,7 +2,7 @@
 
 The page holds plotly's script, the figures as JSON, and everything else as HTML. Texts of completions and messages of
 errors come from outside: the template escapes them, the JSON holds no character that HTML knows, and the page's own
-policy lets no script run but its three, which it names by their hashes.
+policy lets no script run but plotly's and its own, which it names by their hashes.
 """
 
 from __future__ import annotations
