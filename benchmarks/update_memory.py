@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 STEPS, PROMPT, MICROBATCH = 32, 8, 16
-TOKENS = (512, 4096)
+TOKENS = (512, 2048, 8192)
 
 
 def peak_mib() -> float:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lm_trust.core.passes import passes
 from lm_trust.lm.half_precision import in_full_precision, last_hidden_states
+from lm_trust.lm.host_memory import give_back_free_memory
 from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
 REFERENCE_ADAPTER = "reference"
@@ -119,6 +120,8 @@ class CausalPolicy(nn.Module):
         """(B, prompt_width + T, H) last hidden states, after the final norm."""
         if not len(observations):  # the layers want a row; the pass is made for the other processes' sake
             return self.hidden_states(observations.one_row())[:0]
+        if torch.is_grad_enabled() and self.device.type == "cpu":
+            give_back_free_memory()
         trunk = self.causal_lm.base_model
         inputs = {
             "input_ids": observations.input_ids,
