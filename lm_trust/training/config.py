@@ -126,10 +126,8 @@ class LanguageConfig(Section):
                     f"({rollout.samples_per_prompt}), got {rollout.batch_size}",
                 )
             )
-        if rollout.at_limit == "bootstrap" and kind != "gae":
-            problems.append(
-                ("rollout.at_limit", f"bootstrap needs advantage.kind gae, which values states, got {kind}")
-            )
+        if rollout.at_limit == "bootstrap" and self.critic.kind == "none":
+            problems.append(("rollout.at_limit", "bootstrap needs a critic, which values the state at the limit"))
         if rollout.at_limit == "penalise" and not rollout.limit_penalty:
             problems.append(("rollout.limit_penalty", "must be greater than 0 with rollout.at_limit penalise"))
         if rollout.at_limit != "penalise" and rollout.limit_penalty:

@@ -73,4 +73,5 @@ def _yaml(value: Any) -> str:
 
 
 def _wrapped(words: str, indent: str) -> list[str]:
+    words = " ".join(words.split())
     return textwrap.wrap(words, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

@@ -57,7 +57,10 @@ class Gae(Section):
 
 
 class ReturnsToGo(Section):
-    """Discounted returns to go, less the critic's value where there is a critic."""
+    """Discounted returns to go, less the critic's value.
+
+    The critic's value stands for what a rollout's end or a time limit cuts off; without a critic they count as ends.
+    """
 
     kind: Literal["returns_to_go"] = "returns_to_go"
     gamma: Fraction = Field(0.99, description="discount a step; 1.0 is usual for language")

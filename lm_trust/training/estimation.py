@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lm_trust.core.advantages import gae, group_relative, leave_one_out, masked_whiten, returns_to_go
+from lm_trust.core.advantages import gae, group_relative, leave_one_out, masked_whiten
 from lm_trust.core.batch import Rollout
 from lm_trust.training.config_learning import Gae, GroupRelative, LeaveOneOut, ReturnsToGo
 
@@ -22,7 +22,7 @@ def estimate_advantages(
         rewards: (B, T), any penalty already taken off.
         values, next_values: (B, T), zeros without a critic.
     """
-    if isinstance(config, Gae):
+    if isinstance(config, Gae | ReturnsToGo):
         advantages, returns = gae(
             rewards,
             values,
@@ -30,11 +30,9 @@ def estimate_advantages(
             rollout.terminated,
             rollout.truncated,
             gamma=config.gamma,
-            lam=config.lam,
+            # Returns to go are the trace that does not decay: what a limit cut off is worth is then still in them.
+            lam=config.lam if isinstance(config, Gae) else 1.0,
         )
-    elif isinstance(config, ReturnsToGo):
-        returns = returns_to_go(rewards, rollout.terminated | rollout.truncated, gamma=config.gamma)
-        advantages = returns - values
     else:
         scores = (rewards * rollout.mask).sum(-1)
         if isinstance(config, LeaveOneOut):

@@ -473,8 +473,8 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
         ),
         ({"critic.kind": "none"}, "critic.kind: advantage.kind gae needs a critic, got none"),
         (
-            {"advantage.kind": "returns_to_go", "rollout.at_limit": "bootstrap"},
-            "rollout.at_limit: bootstrap needs advantage.kind gae, which values states, got returns_to_go",
+            {"advantage.kind": "returns_to_go", "critic.kind": "none", "rollout.at_limit": "bootstrap"},
+            "rollout.at_limit: bootstrap needs a critic, which values the state at the limit",
         ),
         (
             {"rollout.at_limit": "penalise"},

@@ -54,6 +54,25 @@ def test_gae_and_returns_to_go_by_loops(rollout):
             assert togo[row, step].item() == pytest.approx(float(reward - values[row, step]), abs=1e-12)
 
 
+def test_returns_to_go_are_cut_at_ends_and_go_on_with_the_critics_value_at_limits(rollout):
+    rollout.terminated[1:] = False  # row 1 meets a time limit at its second step, row 2 goes on where the rollout ends
+    rollout.truncated[1, 1] = True
+    values, next_values = rollout.critic_inputs[..., 0], rollout.next_critic_inputs[..., 0]
+    rewards, config = rollout.rewards, ReturnsToGo(gamma=0.9, whiten=False)
+    powers = 0.9 ** torch.arange(T, -1, -1, dtype=torch.float64)  # gamma^5 to 1
+    earned = rewards[2, 2] * torch.cat([powers[-3:], torch.zeros(2)])
+
+    advantages, returns = estimate_advantages(config, rollout, rewards, values, next_values)
+    torch.testing.assert_close(returns[0], rewards[0, -1] * powers[1:])
+    torch.testing.assert_close(returns[1, :2], (rewards[1, 1] + 0.9 * next_values[1, 1]) * powers[-2:])
+    torch.testing.assert_close(returns[2], earned + next_values[2, -1] * powers[:-1])
+    torch.testing.assert_close(advantages, returns - values)
+
+    _, returns = estimate_advantages(config, rollout, rewards, *NoCritic().values(rollout))
+    torch.testing.assert_close(returns[1, :2], rewards[1, 1] * powers[-2:])  # without a critic every limit is an end
+    torch.testing.assert_close(returns[2], earned)
+
+
 def test_grouped_estimators_spread_the_score_over_the_sequence(rollout):
     scores = rollout.rewards.sum(-1)
     zeros = torch.zeros(B, T, dtype=torch.float64)
