@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lm_trust.training.config import Config, LanguageConfig, discount
+from lm_trust.training.config import Config, LanguageConfig
+from lm_trust.training.config_checks import discount
 from lm_trust.training.trainer import UpdateRule
 from lm_trust.updates import (
     TRPO,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lm_trust.training.config_checks import ConfigError, control_problems, language_problems
 from lm_trust.training.config_language import (
     CompletionTable,
     Model,
@@ -41,14 +42,6 @@ from lm_trust.training.config_learning import (
     default_kind,
 )
 from lm_trust.training.config_rewards import Rewards, RewardScaling
-
-
-class ConfigError(ValueError):
-    """Settings that are each possible but not together: `problems` is a list of (dotted key, message)."""
-
-    def __init__(self, problems: list[tuple[str, str]]):
-        super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
-        self.problems = problems
 
 
 class Evaluation(Section):
@@ -109,51 +102,7 @@ class LanguageConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> LanguageConfig:
-        rollout, kind = self.rollout, self.advantage.kind
-        problems = _critic_problems(kind, self.critic.kind)
-        if kind in GROUPED and rollout.samples_per_prompt < 2:
-            problems.append(
-                (
-                    "rollout.samples_per_prompt",
-                    f"must be at least 2 with advantage.kind {kind}, got {rollout.samples_per_prompt}",
-                )
-            )
-        if rollout.batch_size % rollout.samples_per_prompt:
-            problems.append(
-                (
-                    "rollout.batch_size",
-                    "must be divisible by rollout.samples_per_prompt "
-                    f"({rollout.samples_per_prompt}), got {rollout.batch_size}",
-                )
-            )
-        if rollout.at_limit == "bootstrap" and self.critic.kind == "none":
-            problems.append(("rollout.at_limit", "bootstrap needs a critic, which values the state at the limit"))
-        if rollout.at_limit == "penalise" and not rollout.limit_penalty:
-            problems.append(("rollout.limit_penalty", "must be greater than 0 with rollout.at_limit penalise"))
-        if rollout.at_limit != "penalise" and rollout.limit_penalty:
-            problems.append(
-                (
-                    "rollout.limit_penalty",
-                    f"has no effect with rollout.at_limit {rollout.at_limit}; use penalise",
-                )
-            )
-        if self.model.lora is None and self.model.adapter is not None:
-            problems.append(("model.adapter", "starts from an adapter, which needs model.lora; leave one out"))
-        if self.model.lora is None and self.critic.kind == "adapter":
-            problems.append(("critic.kind", "adapter needs model.lora; without it use reference_head or model"))
-        problems += _reward_problems(self)
-        problems += _fisher_problems(self)
-        if self.reference.adaptive is not None and not self.reference.penalty:
-            problems.append(
-                ("reference.penalty", "must be greater than 0 with reference.adaptive, which starts from it")
-            )
-        problems += _minibatch_problems(self, rollout.batch_size, f"rollout.batch_size ({rollout.batch_size})")
-        problems += _update_problems(self, rollout.batch_size, rollout.samples_per_prompt)
-        if self.reference.budget is not None and self.update.kind == "natural_gradient":
-            problems.append(
-                ("reference.budget", "cannot be kept with update.kind natural_gradient, a fixed step; use trpo")
-            )
-        if problems:
+        if problems := language_problems(self):
             raise ConfigError(problems)
         return self
 
@@ -208,95 +157,9 @@ class ControlConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> ControlConfig:
-        size = self.environment.count * self.rollout.steps
-        problems = _critic_problems(self.advantage.kind, self.critic.kind)
-        problems += _minibatch_problems(self, size, f"environment.count * rollout.steps ({size})")
-        problems += _update_problems(self, size)
-        processes, backend = self.environment.processes, self.environment.backend
-        if processes > self.environment.count:
-            problems.append(
-                (
-                    "environment.processes",
-                    f"must be at most environment.count ({self.environment.count}), got {processes}",
-                )
-            )
-        if processes > 1 and backend == "envpool":
-            problems.append(("environment.processes", "must be 1 with environment.backend envpool, which has threads"))
-        if self.evaluation.videos > self.evaluation.count:
-            problems.append(
-                (
-                    "evaluation.videos",
-                    f"must be at most evaluation.count ({self.evaluation.count}), got {self.evaluation.videos}",
-                )
-            )
-        if problems:
+        if problems := control_problems(self):
             raise ConfigError(problems)
         return self
 
 
 Config = LanguageConfig | ControlConfig
-
-
-def _fisher_problems(config: LanguageConfig) -> list[tuple[str, str]]:
-    method = getattr(config.update, "fisher_method", "auto")
-    if method in ("auto", "gauss_newton"):
-        return []
-    if config.model.autocast is not None:
-        reason = f"needs float32, and model.autocast is {config.model.autocast}"
-    elif method == "kl_hessian" and config.model.lora is not None:
-        reason = "needs model.lora null, because it differentiates the vocabulary twice"
-    else:
-        return []
-    return [("update.fisher_method", f"{method} {reason}; use auto or gauss_newton")]
-
-
-def _reward_problems(config: LanguageConfig) -> list[tuple[str, str]]:
-    problems = []
-    for index, reward in enumerate(config.rewards):
-        if reward.kind != "function":
-            continue
-        if reward.dense and reward.level != "sequence":
-            words = f"has no meaning with level {reward.level}, which says itself what each token is paid"
-            problems.append((f"rewards.{index}.dense", words))
-        if reward.memory is not None and not reward.process:
-            problems.append((f"rewards.{index}.memory", "limits a process of its own, which needs process true"))
-    return problems
-
-
-def _critic_problems(advantage: str, critic: str) -> list[tuple[str, str]]:
-    if advantage == "gae" and critic == "none":
-        return [("critic.kind", "advantage.kind gae needs a critic, got none")]
-    if advantage in GROUPED and critic != "none":
-        return [("critic.kind", f"must be none with advantage.kind {advantage}, got {critic}")]
-    return []
-
-
-def discount(config: Config) -> float:
-    """The discount a step; 1 for advantages of whole completions."""
-    return getattr(config.advantage, "gamma", 1.0)
-
-
-def _update_problems(config: Config, rows: int, group: int = 1) -> list[tuple[str, str]]:
-    """What is wrong with the rule for batches of so many rows, of which groups share a prompt."""
-    problems = []
-    if config.update.kind == "trpo_penalty" and config.update.coefficient is None and discount(config) == 1:
-        problems.append(
-            ("update.coefficient", "must be given without a discount, where that of the theory is infinite")
-        )
-    fraction = getattr(config.update, "holdout_fraction", 0.0)
-    heldout = round(rows * fraction)
-    if fraction and (not 0 < heldout < rows or heldout % group):
-        whole = "whole prompts" if group > 1 else "rows"
-        problems.append(
-            ("update.holdout_fraction", f"must leave {whole} on both sides of {rows} rows, got {fraction:g}")
-        )
-    return problems
-
-
-def _minibatch_problems(config: Config, size: int, words: str) -> list[tuple[str, str]]:
-    parts = [("critic.minibatches", config.critic), ("update.minibatches", config.update)]
-    return [
-        (key, f"must divide {words}, got {section.minibatches}")
-        for key, section in parts
-        if hasattr(section, "minibatches") and size % section.minibatches
-    ]

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lm_trust.errors import UserError
-from lm_trust.training.config import GROUPED, Config, ControlConfig, LanguageConfig
+from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import Key, dotted, plain, problems_of, shown
+from lm_trust.training.config_learning import GROUPED
 from lm_trust.training.config_stages import RewardModelConfig, SftConfig, StageConfig
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 

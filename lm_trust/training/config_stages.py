@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lm_trust.training.config import ConfigError
+from lm_trust.training.config_checks import ConfigError
 from lm_trust.training.config_language import Lora
 from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Seed
 
