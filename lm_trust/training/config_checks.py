@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lm_trust.training.config_learning import GROUPED
+from lm_trust.training.penalty import LARGEST_ERROR
 
 if TYPE_CHECKING:
     from lm_trust.training.config import Config, ControlConfig, LanguageConfig
@@ -123,6 +124,11 @@ def _reference_problems(config: LanguageConfig) -> Problems:
     reference = config.reference
     if reference.adaptive is not None and not reference.penalty:
         problems.append(("reference.penalty", "must be greater than 0 with reference.adaptive, which starts from it"))
+    # Where the rollout is that large a part of the horizon, one error of the full size takes off all of the penalty.
+    least = LARGEST_ERROR * config.rollout.batch_size
+    if reference.adaptive is not None and reference.adaptive.horizon <= least:
+        words = f"must be greater than rollout.batch_size / 5 ({least:g}), or the penalty would fall to 0 and below"
+        problems.append(("reference.adaptive.horizon", f"{words}; got {reference.adaptive.horizon}"))
     if reference.budget is not None and config.update.kind == "natural_gradient":
         words = "cannot be kept with update.kind natural_gradient, a fixed step; use trpo"
         problems.append(("reference.budget", words))

@@ -489,6 +489,11 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
             "reference.budget: cannot be kept with update.kind natural_gradient, a fixed step; use trpo",
         ),
         (
+            {"reference.penalty": "0.1", "reference.adaptive": "{target: 6, horizon: 12}"},
+            "reference.adaptive.horizon: must be greater than rollout.batch_size / 5 (12.8), or the penalty would fall "
+            "to 0 and below; got 12",
+        ),
+        (
             {"update.kind": "trpo_penalty", "update.coefficient": "null", "advantage.gamma": "1.0"},
             "update.coefficient: must be given without a discount, where that of the theory is infinite",
         ),
@@ -514,6 +519,11 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
 def test_language_settings_must_go_together(folder, overrides, line):
     (found,) = problems("lm.yaml", *overrides.items())
     assert found.partition(": ")[2] == line
+
+
+def test_bootstrap_goes_with_any_critic(folder):
+    for kind in ("gae", "returns_to_go"):
+        assert lm(advantage__kind=kind, rollout__at_limit="bootstrap").rollout.at_limit == "bootstrap"
 
 
 def test_control_settings_must_go_together(folder):

@@ -24,3 +24,9 @@ def test_the_published_numbers_give_the_published_sequence():
 
 def test_a_kl_that_is_not_a_number_changes_nothing():
     assert adapted_penalty(PUBLISHED, 0.2, float("nan"), 256) == 0.2
+
+
+def test_the_shortest_horizon_that_a_config_admits_keeps_the_penalty_positive():
+    batch = 64
+    assert adapted_penalty(AdaptivePenalty(target=6.0, horizon=13), 0.2, 0.0, batch) > 0
+    assert adapted_penalty(AdaptivePenalty(target=6.0, horizon=12), 0.2, 0.0, batch) < 0  # which it therefore refuses
