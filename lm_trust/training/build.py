@@ -39,7 +39,7 @@ class World:
         policy_name: what the trained policy is called in a run folder: adapter, model or policy.safetensors.
         save_policy: writes it into a run folder.
         load_policy: reads it back from a run folder.
-        step_kl_bound: the update rule's bound in nats per step; None where it has none.
+        step_kl_bound: the update rule's bound in nats per step, at first where it is annealed; None where it has none.
     """
 
     kind: Literal["language", "control"]

@@ -56,7 +56,8 @@ def learning_curve(
     Args:
         metrics: the lines of metrics.jsonl.
         path: where the PNG goes; an older one is replaced.
-        step_kl_bound: the update rule's bound, nats per step; None where it has none.
+        step_kl_bound: the update rule's bound, nats per step, where the lines do not tell one that changes (`max_kl`);
+            None where it has none.
         title: stands over the picture.
         reward_label: what the reward is, for the axis.
         evaluations: held-out evaluations, {"steps", "reward_mean", "reward_interval": [low, high] or None}.
@@ -145,13 +146,19 @@ def _draw_step_kl(axis: Axes, metrics: Sequence[Line], bound: float | None, labe
             rejected, [0] * len(rejected), color=VERMILION, marker="x", markersize=6, markeredgewidth=1.6,
             linestyle="none", clip_on=False, zorder=5,
         )  # fmt: skip
-    if bound is not None:
-        axis.axhline(bound, color=INK, linewidth=1.3, linestyle=(0, (5, 3)))
-    top = max([*values, bound or 0], default=0)
+    dashes = {"color": INK, "linewidth": 1.3, "linestyle": (0, (5, 3))}
+    bounded, bounds = _series(metrics, "max_kl")
+    named = None if bound is None else f"bound {bound:.3g}"
+    if len(set(bounds)) > 1:
+        axis.plot(bounded, bounds, **dashes)
+        named = f"bound {bounds[0]:.3g} to {bounds[-1]:.3g}"
+    elif bound is not None:
+        axis.axhline(bound, **dashes)
+    top = max([*values, *bounds, bound or 0], default=0)
     axis.set_ylim(0, 1.12 * top if top > 0 else 1)
     handles = []
-    if bound is not None:
-        handles.append(Line2D([], [], color=INK, linewidth=1.3, linestyle=(0, (5, 3)), label=f"bound {bound:.3g}"))
+    if named is not None:
+        handles.append(Line2D([], [], **dashes, label=named))
     if len(rejected):
         handles.append(
             Line2D([], [], color=VERMILION, marker="x", markersize=6, markeredgewidth=1.6, linestyle="none",

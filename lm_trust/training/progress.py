@@ -58,7 +58,8 @@ class Progress:
 
     Args:
         total_iterations: N; the `iteration` of the last line of metrics.
-        bounds: the update rule's bound on the step KL in nats per step; None where it has none.
+        bounds: the update rule's bound on the step KL in nats per step, where a line does not tell its own (`max_kl`);
+            None where it has none.
         world: "language" or "control".
         console: where to write; standard output by default.
         completed: iterations done before this session, for a resumed run.
@@ -209,8 +210,11 @@ class Progress:
     def _step_kl_column(self, unit: str) -> _Column:
         if self._bound is None:
             return _Column("step KL", unit, 14, lambda line: format_number(line.get("step_kl"), 4))
-        bound = f"{self._bound:.3g}"
-        return _Column("step KL / bound", unit, 15, lambda line: f"{format_number(line.get('step_kl'), 4)} / {bound}")
+
+        def cell(line: Mapping[str, Any]) -> str:
+            return f"{format_number(line.get('step_kl'), 4)} / {line.get('max_kl', self._bound):.3g}"
+
+        return _Column("step KL / bound", unit, 15, cell)
 
 
 def format_number(value: float | None, decimals: int = 3) -> str:

@@ -16,7 +16,7 @@ from lm_trust.core.trust_region import StepReport, trust_region_step
 class TRPO:
     """The trust-region step of the core as an update rule; see `trust_region_step` for each setting.
 
-    `anneal` brings max_kl linearly to zero over the training.
+    `anneal` brings max_kl linearly to zero over the training; the bound in force is in the report's metrics.
     """
 
     max_kl: float = 0.01
@@ -60,6 +60,7 @@ class TRPO:
             reference_loss=self.reference_loss,
             reference_budget=self.reference_budget,
         )
+        report.metrics["max_kl"] = max_kl
         self._first_backtracks = self._next_first_backtracks(report, max_kl)
         return report
 

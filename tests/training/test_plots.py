@@ -85,6 +85,16 @@ def test_the_bound_is_drawn_and_named_and_rejected_steps_are_marks_not_dips(draw
     assert texts(axis) == ["bound 0.02", "rejected (4 of 20)"]
 
 
+def test_an_annealed_bound_is_drawn_as_it_was_in_force(draw):
+    lines = [line | {"max_kl": 0.02 * (1 - k / 20)} for k, line in enumerate(metrics(20))]
+    del lines[6]["max_kl"]  # nothing to learn from, so no step and no bound
+    axis = draw(lines)[1]
+    steps, bounds = curve(axis, 2)
+    assert steps == [1000 * k for k in range(1, 21) if k != 7]
+    assert bounds == pytest.approx([0.02 - step * 1e-6 + 0.001 for step in steps])
+    assert texts(axis) == ["bound 0.02 to 0.001", "rejected (4 of 20)"]
+
+
 def test_without_a_bound_or_a_rejection_there_is_nothing_to_name(draw):
     axis = draw(metrics(4), step_kl_bound=None)[1]
     assert len(axis.lines) == 1 and texts(axis) == []

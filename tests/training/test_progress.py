@@ -103,6 +103,11 @@ def test_control_shows_environment_steps_and_no_reference_kl():
     assert "2,048" in first and "1.250" not in first
 
 
+def test_an_annealed_bound_is_shown_as_it_was_in_force():
+    _, first, second = plain(9, [line(1, max_kl=0.02), line(2, max_kl=0.0125)])
+    assert "0.0192 / 0.02  " in first and "0.0192 / 0.0125  " in second
+
+
 def test_a_rule_without_a_bound_shows_none():
     heading, first = plain(49, [line(1)], bounds=None)
     assert "/ bound" not in heading and "0.0192 " in first and "/" not in first
