@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm_trust.training.config_language import Lora
 from lm_trust.training.config_learning import GROUPED
 from lm_trust.training.penalty import LARGEST_ERROR
 
@@ -88,6 +89,9 @@ def _model_problems(config: LanguageConfig) -> Problems:
     problems = []
     if config.model.lora is None and config.model.adapter is not None:
         problems.append(("model.adapter", "starts from an adapter, which needs model.lora; leave one out"))
+    elif config.model.adapter is not None and config.model.lora != Lora():
+        words = "has no effect with model.adapter, which has its own rank, scale and targets; leave it at its defaults"
+        problems.append(("model.lora", words))
     if config.model.lora is None and config.critic.kind == "adapter":
         problems.append(("critic.kind", "adapter needs model.lora; without it use reference_head or model"))
     return problems

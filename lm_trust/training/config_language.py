@@ -22,7 +22,9 @@ class Model(Section):
     revision: Name | None = Field(None, description="revision of a hub id")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     adapter: Name | None = Field(None, description="PEFT folder to start from")
-    lora: Lora | None = Field(default_factory=Lora, description="null: all of the model's weights are trained")
+    lora: Lora | None = Field(
+        default_factory=Lora, description="of a new adapter; null: all of the model's weights are trained"
+    )
     autocast: Literal["bfloat16", "float16"] | None = Field(
         None, description="what the model's passes compute in; null: float32"
     )

@@ -521,6 +521,19 @@ def test_language_settings_must_go_together(folder, overrides, line):
     assert found.partition(": ")[2] == line
 
 
+def test_an_adapter_to_start_from_says_itself_what_it_is_like(folder):
+    os.mkdir("adapter")
+    write("adapter/adapter_config.json", "{}")
+    given = [("model.adapter", "adapter")]
+    for lora in ("{r: 4}", "{alpha: 32}", "{targets: [q_proj]}"):
+        assert problems("lm.yaml", *given, ("model.lora", lora)) == [
+            "command line: model.lora: has no effect with model.adapter, which has its own rank, scale and targets; "
+            "leave it at its defaults"
+        ]
+    config = load_config("lm.yaml", given)
+    assert load_config(write("again.yaml", dump(config))) == config
+
+
 def test_bootstrap_goes_with_any_critic(folder):
     for kind in ("gae", "returns_to_go"):
         assert lm(advantage__kind=kind, rollout__at_limit="bootstrap").rollout.at_limit == "bootstrap"
