@@ -18,14 +18,14 @@ from lm_trust.training.checkpoint import holds_checkpoint, load_checkpoint, save
 from lm_trust.training.completion_table import show_completions, write_completions
 from lm_trust.training.config import Config, LanguageConfig
 from lm_trust.training.config_file import dump, load_config
-from lm_trust.training.config_language import CompletionTable, Stop
+from lm_trust.training.config_language import CompletionTable
 from lm_trust.training.interruption import Interruption
 from lm_trust.training.model_card import write_cards
 from lm_trust.training.plots import learning_curve
 from lm_trust.training.progress import Progress
 from lm_trust.training.recording import Recorder
 from lm_trust.training.run_folder import RunFolder
-from lm_trust.training.stopping import Stopping
+from lm_trust.training.stopping import stopping_of
 from lm_trust.training.summary import print_summary
 from lm_trust.training.trainer import Trainer
 from lm_trust.training.watching import check_videos, film_iteration, to_watch, watch
@@ -240,9 +240,8 @@ def _iterate(
     interruption: Interruption,
 ) -> None:
     trainer = world.trainer
-    language = isinstance(config, LanguageConfig)
-    stopping = Stopping(config.stop if language else Stop(rejections=None))
-    tables = config.completions if language else CompletionTable(every=0)
+    stopping = stopping_of(config)
+    tables = config.completions if isinstance(config, LanguageConfig) else CompletionTable(every=0)
     with Progress(
         trainer.iterations,
         bounds=world.step_kl_bound,

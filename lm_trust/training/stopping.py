@@ -1,4 +1,4 @@
-"""When a language run ends before its iterations are done: at a limit that was set, or where it no longer moves."""
+"""When a run ends before its iterations are done: at a limit that was set, or where it no longer moves."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lm_trust.training.config import Config, LanguageConfig
 from lm_trust.training.config_language import Stop
 from lm_trust.training.progress import REASONS
 
 # An iteration with nothing to learn from, all its rewards alike, is no failure: a sparse reward has many of them.
 NOTHING_TO_LEARN = "zero_gradient"
 ADVICE = {
-    "non_finite": "a smaller update.learning_rate or update.max_kl, or model.autocast bfloat16 or null",
+    "non_finite": (
+        "a smaller update.learning_rate, update.max_kl or critic.learning_rate, or model.autocast bfloat16 or null"
+    ),
     "negative_curvature": "a larger update.damping",
     "kl_exceeded": "a larger update.max_backtracks or update.damping",
     "budget_exceeded": "a larger reference.budget, or a smaller update.max_kl or update.learning_rate",
     "no_improvement": "a larger rollout.batch_size or update.max_backtracks, or a smaller update.max_kl",
 }
+CONTROL_ADVICE = "a smaller update.learning_rate, update.max_kl or critic.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,31 @@ class Ending:
     failed: bool = False
 
 
+def stopping_of(config: Config) -> Stopping:
+    """What ends a run of this configuration.
+
+    A control run has no limits to set, and goes on where its updates are rejected, but not where nothing is finite any
+    more: a network that is not stays so.
+    """
+    if isinstance(config, LanguageConfig):
+        return Stopping(config.stop)
+    return Stopping(Stop(), only_non_finite=True)
+
+
 class Stopping:
     """Watches a run's metrics for the limits of its `stop` section.
 
     A rejected update with nothing to learn from counts neither for nor against a row of rejections. A run that is
     resumed counts from none.
+
+    Args:
+        limits: the section.
+        only_non_finite: a rejection for another reason breaks the row.
     """
 
-    def __init__(self, limits: Stop) -> None:
+    def __init__(self, limits: Stop, *, only_non_finite: bool = False) -> None:
         self._limits = limits
+        self._only_non_finite = only_non_finite
         self._rejections: list[Mapping[str, Any]] = []
 
     def after(self, metrics: Mapping[str, Any]) -> Ending | None:
@@ -54,9 +74,10 @@ class Stopping:
             return Ending(f"the reference KL {reference_kl:.4g} is beyond stop.reference_kl {limits.reference_kl:g}")
         if limits.entropy is not None and entropy < limits.entropy:
             return Ending(f"the entropy {entropy:.4g} is below stop.entropy {limits.entropy:g}")
-        if metrics["accepted"]:
+        reason = metrics["reason"]
+        if metrics["accepted"] or (self._only_non_finite and reason not in ("non_finite", NOTHING_TO_LEARN)):
             self._rejections.clear()
-        elif metrics["reason"] != NOTHING_TO_LEARN:
+        elif reason != NOTHING_TO_LEARN:
             self._rejections.append(metrics)
         if limits.rejections is not None and len(self._rejections) >= limits.rejections:
             return Ending(self._stuck(), failed=True)
@@ -66,9 +87,8 @@ class Stopping:
         reasons = dict.fromkeys(line["reason"] for line in self._rejections)
         words = ", ".join(REASONS.get(reason, reason.replace("_", " ")) for reason in reasons)
         offender = self._rejections[-1].get("offender")
-        advice = "; ".join(ADVICE[reason] for reason in reasons if reason in ADVICE)
-        return (
-            f"stop.rejections: {len(self._rejections)} updates in a row were rejected: {words}"
-            f"{f' ({offender})' if offender else ''}; try {advice or 'other settings of update'} in a new run, "
-            "or go on with --resume"
-        )
+        told = f"{len(self._rejections)} updates in a row were rejected: {words}{f' ({offender})' if offender else ''}"
+        if self._only_non_finite:
+            return f"{told}; try {CONTROL_ADVICE} in a new run"
+        advice = "; ".join(ADVICE[reason] for reason in reasons if reason in ADVICE) or "other settings of update"
+        return f"stop.rejections: {told}; try {advice} in a new run, or go on with --resume"

@@ -356,6 +356,18 @@ def test_an_environment_that_breaks_keeps_its_traceback_and_the_run_a_checkpoint
     assert runs.state(runs.folder / "run")["iteration"] == 0
 
 
+def test_a_control_run_that_can_never_learn_again_ends_with_a_checkpoint_and_advice(runs, capsys):
+    critic = CONTROL["critic"] | {"learning_rate": 1e30}
+    run = runs.train("run", "control", status=2, total_steps=9 * 2 * 32, critic=critic, checkpoint={"every": 0})
+    line = error_line(capsys)
+    assert line.startswith("3 updates in a row were rejected: NaN or infinite (the value is nan at ")
+    assert "critic.learning_rate" in line and line.endswith("a checkpoint was written)")
+    reasons = [line["reason"] for line in runs.metrics(run)]
+    assert reasons[-3:] == ["non_finite"] * 3 and len(reasons) < 9
+    assert runs.state(run)["iteration"] == len(reasons)
+    assert "after" not in (runs.evaluation(run) if (run / "evaluation.json").exists() else {})
+
+
 @pytest.mark.parametrize("blocked", ["metrics.jsonl", "checkpoints/00000002", "policy.safetensors"])
 def test_a_disk_that_fails_is_one_line_and_leaves_the_checkpoints(runs, blocked, before_iteration, capsys, monkeypatch):
     from lm_trust.training import checkpoint

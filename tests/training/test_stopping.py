@@ -11,7 +11,7 @@ from lm_trust.training.checkpoint import load_checkpoint
 from lm_trust.training.config import ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import keys_of
 from lm_trust.training.config_language import Stop
-from lm_trust.training.stopping import ADVICE, Stopping
+from lm_trust.training.stopping import ADVICE, CONTROL_ADVICE, Stopping
 
 FINE = {"reward_mean": 0.5, "reference_kl": 2.0, "entropy": 1.5, "accepted": True, "reason": "accepted"}
 
@@ -80,8 +80,22 @@ def test_the_reasons_and_what_to_try_are_told():
 
 def test_the_advice_names_keys_that_there_are():
     keys = {".".join(key) for root in (LanguageConfig, ControlConfig) for key in keys_of(root)}
-    named = {word.strip(",") for advice in ADVICE.values() for word in advice.split() if "." in word}
+    named = {word.strip(",") for advice in (*ADVICE.values(), CONTROL_ADVICE) for word in advice.split() if "." in word}
     assert named <= keys and len(named) > 5
+
+
+def test_a_control_run_ends_only_where_nothing_is_finite_any_more():
+    stopping = Stopping(Stop(), only_non_finite=True)
+    broken, no, nothing = rejected("non_finite"), rejected("kl_exceeded"), rejected("zero_gradient")
+    lines = (*[no] * 9, broken, broken, no, broken, FINE, broken, broken)
+    assert not any(stopping.after(line) for line in lines)
+    assert stopping.after(nothing) is None
+    ending = stopping.after(broken | {"offender": "the value is nan at step 1"})
+    assert ending.failed
+    assert ending.words == (
+        "3 updates in a row were rejected: NaN or infinite (the value is nan at step 1); "
+        f"try {CONTROL_ADVICE} in a new run"
+    )
 
 
 # Whole runs
