@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "rollout.mismatch.limit",
     "environment.processes",
     "critic.own_process",
+    "critic.path",
     "model.gradient_checkpointing",
     "model.path",
     "model.adapter",
@@ -44,8 +45,9 @@ _MAY_CHANGE = (
     "prompts.heldout",
 )
 
-# How a reward is called changes nothing that it says, and is what a run that its reward has stopped needs to change.
-_CALLING = ("timeout", "parallel", "process", "memory")
+# Likewise of each reward: how it is called, which is what a run that its reward has stopped needs to change, and where
+# its files lie.
+_MAY_CHANGE_IN_REWARDS = ("timeout", "parallel", "process", "memory", "path", "ratings", "embedder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -259,12 +261,11 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
 
 
 def _course(config: Config) -> dict[str, object]:
-    """The configuration's values by dotted keys, without how its rewards are called."""
+    """The configuration's values by dotted keys, those of its rewards by index, without what may change in them."""
     from lm_trust.training.config_leaves import leaves
 
     values = leaves(config.model_dump())
-    if "rewards" in values:
-        values["rewards"] = [
-            {key: value for key, value in reward.items() if key not in _CALLING} for reward in values["rewards"]
-        ]
+    for index, reward in enumerate(values.pop("rewards", [])):
+        kept = {key: value for key, value in reward.items() if key not in _MAY_CHANGE_IN_REWARDS}
+        values |= leaves(kept, f"rewards.{index}.")
     return values

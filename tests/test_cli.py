@@ -302,6 +302,39 @@ def test_resume_may_change_what_does_not_touch_its_course(calls):
     assert calls[0][1].rollout.microbatch_size == 4
 
 
+JUDGED = """\
+critic: {kind: model, path: ./critic}
+rewards: [{kind: classifier, path: ./judge}, {kind: human_rating, ratings: ratings.csv, embedder: ./words}]
+"""
+
+
+def test_resume_follows_models_and_files_that_have_moved(calls, capsys):
+    for name in ("critic", "judge", "words", "elsewhere"):
+        Path(name).mkdir()
+    Path("ratings.csv").write_text("text,rating\n")
+    Path("judged.yaml").write_text(LANGUAGE.replace("rewards: [{name: vader}]\n", JUDGED))
+    make_run("runs/first", "judged.yaml")
+    for name in ("critic", "judge", "words"):
+        Path(name).rename(Path("elsewhere", name))
+    Path("ratings.csv").rename("moved.csv")
+    moved = {
+        "critic.path": "./elsewhere/critic",
+        "rewards.0.path": "./elsewhere/judge",
+        "rewards.1.embedder": "./elsewhere/words",
+        "rewards.1.ratings": "moved.csv",
+    }
+    given = [part for key, value in moved.items() for part in (f"--{key}", value)]
+    assert main(["train", "--resume", "runs/first", *given]) == 143
+    config = calls.pop()[1]
+    assert config.critic.path == str(Path("elsewhere/critic").resolve())
+    assert config.rewards[0].path == str(Path("elsewhere/judge").resolve())
+    # What they are worth may not change, and is told by its own key.
+    assert refused(capsys, "train", "--resume", "runs/first", *given, "--rewards.1.weight", "2") == [
+        "--resume: rewards.1.weight is 1.0 in runs/first and 2.0 here; "
+        "it cannot change in a resumed run, start a new one instead"
+    ]
+
+
 @pytest.mark.parametrize("command", [["train", "--resume"], ["evaluate"], ["generate"]])
 def test_a_folder_without_a_run(command, calls, capsys):
     prompt = ["x"] if command == ["generate"] else []
