@@ -183,18 +183,24 @@ class PpoClip(Section):
     target_kl: Rate | None = Field(None, description="step KL that ends the epochs early; null: never")
 
 
-class PpoPenalty(Section):
-    """The surrogate less an adaptive multiple of the step KL, several epochs of Adam a batch (PPO)."""
+class AdamUpdate(Section):
+    """What the rules of several epochs of Adam share."""
 
-    kind: Literal["ppo_penalty"] = "ppo_penalty"
-    target_kl: Rate = Field(0.01, description="step KL that the multiple is steered to, nats a token or step")
-    beta: Rate = Field(1.0, description="the multiple at first")
+    kind: str
     epochs: Positive = Field(4, description="passes over an iteration's experience")
     minibatches: Positive = Field(4, description="parts that a pass is cut into")
     learning_rate: Rate = Field(3e-4, description="Adam's step size")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+
+
+class PpoPenalty(AdamUpdate):
+    """The surrogate less an adaptive multiple of the step KL, several epochs of Adam a batch (PPO)."""
+
+    kind: Literal["ppo_penalty"] = "ppo_penalty"
+    target_kl: Rate = Field(0.01, description="step KL that the multiple is steered to, nats a token or step")
+    beta: Rate = Field(1.0, description="the multiple at first")
 
 
 class PpoTrust(PpoClip):
@@ -223,18 +229,6 @@ class Reinforce(Section):
 
     kind: Literal["reinforce"] = "reinforce"
     learning_rate: Rate = Field(3e-3, description="Adam's step size")
-    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
-    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
-
-
-class AdamUpdate(Section):
-    """What the rules of several epochs of Adam share."""
-
-    kind: str
-    epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
-    learning_rate: Rate = Field(3e-4, description="Adam's step size")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
