@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_trust.training.config_language import Lora
+from lm_trust.training.config_language import Lora, Mismatch
 from lm_trust.training.config_learning import GROUPED
+from lm_trust.training.config_rewards import FunctionReward
 from lm_trust.training.penalty import LARGEST_ERROR
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def _rollout_problems(config: LanguageConfig) -> Problems:
     if rollout.at_limit != "penalise" and rollout.limit_penalty:
         words = f"has no effect with rollout.at_limit {rollout.at_limit}; use penalise"
         problems.append(("rollout.limit_penalty", words))
+    if rollout.engine == "generate" and rollout.mismatch != Mismatch():
+        words = "has no effect with rollout.engine generate, which draws from what the policy scores; leave it out"
+        problems.append(("rollout.mismatch", words))
     return problems
 
 
@@ -105,6 +109,9 @@ def _reward_problems(config: LanguageConfig) -> Problems:
         if reward.dense and reward.level != "sequence":
             words = f"has no meaning with level {reward.level}, which says itself what each token is paid"
             problems.append((f"rewards.{index}.dense", words))
+        if reward.step_delimiter != FunctionReward.model_fields["step_delimiter"].default and reward.level != "step":
+            words = f"has no effect with level {reward.level}; use step, or leave it out"
+            problems.append((f"rewards.{index}.step_delimiter", words))
         if reward.memory is not None and not reward.process:
             problems.append((f"rewards.{index}.memory", "limits a process of its own, which needs process true"))
     return problems
@@ -151,6 +158,8 @@ def _minibatch_problems(config: Config, size: int, words: str) -> Problems:
 def _update_problems(config: Config, rows: int, group: int = 1) -> Problems:
     """What is wrong with the rule for batches of so many rows, of which groups share a prompt."""
     problems = []
+    if getattr(config.update, "anneal_entropy", False) and not config.update.entropy:
+        problems.append(("update.anneal_entropy", "has no effect with update.entropy 0"))
     if config.update.kind == "trpo_penalty" and config.update.coefficient is None and discount(config) == 1:
         problems.append(
             ("update.coefficient", "must be given without a discount, where that of the theory is infinite")

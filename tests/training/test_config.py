@@ -485,6 +485,19 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
             "rollout.limit_penalty: has no effect with rollout.at_limit terminate; use penalise",
         ),
         (
+            {"rollout.mismatch.limit": "0.1"},
+            "rollout.mismatch: has no effect with rollout.engine generate, which draws from what the policy scores; "
+            "leave it out",
+        ),
+        (
+            {"rewards.0.step_delimiter": "'.'", "rewards.0.level": "token"},
+            "rewards.0.step_delimiter: has no effect with level token; use step, or leave it out",
+        ),
+        (
+            {"update.kind": "ppo_clip", "update.anneal_entropy": "true"},
+            "update.anneal_entropy: has no effect with update.entropy 0",
+        ),
+        (
             {"update.kind": "natural_gradient", "reference.budget": "3"},
             "reference.budget: cannot be kept with update.kind natural_gradient, a fixed step; use trpo",
         ),
