@@ -60,6 +60,9 @@ class Row:
         options += ["--advantage.whiten", str(base.advantage.whiten).lower()]
         if self.estimator in ("gae", "returns_to_go"):
             options += ["--advantage.gamma", str(getattr(base.advantage, "gamma", 1.0))]
+        else:  # they look at whole completions: what single tokens are paid would change nothing
+            dense = [index for index, reward in enumerate(base.rewards) if reward.dense]
+            options += [part for index in dense for part in (f"--rewards.{index}.dense", "false")]
         return options
 
 

@@ -103,7 +103,11 @@ def _model_problems(config: LanguageConfig) -> Problems:
 
 def _reward_problems(config: LanguageConfig) -> Problems:
     problems = []
+    kind = config.advantage.kind
     for index, reward in enumerate(config.rewards):
+        if reward.dense and kind in GROUPED:
+            words = f"has no effect with advantage.kind {kind}, which looks at the whole completion's score; use false"
+            problems.append((f"rewards.{index}.dense", words))
         if reward.kind != "function":
             continue
         if reward.dense and reward.level != "sequence":

@@ -484,6 +484,22 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
             {"rollout.limit_penalty": "1"},
             "rollout.limit_penalty: has no effect with rollout.at_limit terminate; use penalise",
         ),
+        *(
+            (
+                {
+                    "advantage.kind": kind,
+                    "rollout.samples_per_prompt": "4",
+                    "rewards": f"[{{name: length}}, {{{reward}, dense: true}}]",
+                },
+                f"rewards.1.dense: has no effect with advantage.kind {kind}, which looks at the whole completion's "
+                "score; use false",
+            )
+            for kind, reward in (
+                ("leave_one_out", "name: vader"),
+                ("group_relative", "kind: classifier, path: gpt2"),
+                ("group_relative", "kind: human_rating"),
+            )
+        ),
         (
             {"rollout.mismatch.limit": "0.1"},
             "rollout.mismatch: has no effect with rollout.engine generate, which draws from what the policy scores; "
