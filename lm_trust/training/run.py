@@ -25,7 +25,7 @@ from lm_trust.training.plots import learning_curve
 from lm_trust.training.progress import Progress
 from lm_trust.training.recording import Recorder
 from lm_trust.training.run_folder import RunFolder
-from lm_trust.training.stopping import stopping_of
+from lm_trust.training.stopping import Ending, Stopping, stopping_of
 from lm_trust.training.summary import print_summary
 from lm_trust.training.trainer import Trainer
 from lm_trust.training.watching import check_videos, film_iteration, to_watch, watch
@@ -249,6 +249,11 @@ def _iterate(
         console=console,
         completed=trainer.iteration,
     ) as progress:
+        if trainer.iteration < trainer.iterations:
+            ending = in_the_first(lambda: _ended_before(folder, stopping))
+            if ending is not None:
+                progress.message(_stopped(trainer, ending))
+                return
         while trainer.iteration < trainer.iterations and not interruption.requested():
             try:
                 metrics = trainer.iterate()
@@ -272,7 +277,7 @@ def _iterate(
                 _save(config, world, folder)
                 raise _with_checkpoint(UserError(ending.words), f"iteration {trainer.iteration}")
             if ending is not None:
-                progress.message(f"Stopped after iteration {trainer.iteration} of {trainer.iterations}: {ending.words}")
+                progress.message(_stopped(trainer, ending))
                 return
             if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
                 try:
@@ -285,6 +290,16 @@ def _iterate(
                     raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
             if _due(config.checkpoint.every, trainer.iteration, trainer.iterations):
                 _save(config, world, folder)
+
+
+def _ended_before(folder: RunFolder, stopping: Stopping) -> Ending | None:
+    """Whether a run that is resumed is beyond a limit already."""
+    done = folder.metrics()
+    return stopping.reached(done[-1]) if done else None
+
+
+def _stopped(trainer: Trainer, ending: Ending) -> str:
+    return f"Stopped after iteration {trainer.iteration} of {trainer.iterations}: {ending.words}"
 
 
 def _with_checkpoint(error: UserError, when: str) -> UserError:

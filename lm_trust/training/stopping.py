@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Stopping:
     """Watches a run's metrics for the limits of its `stop` section.
 
     A rejected update with nothing to learn from counts neither for nor against a row of rejections. A run that is
-    resumed counts from none.
+    resumed counts from none, but does not go on beyond a limit (`reached`).
 
     Args:
         limits: the section.
@@ -66,20 +67,28 @@ class Stopping:
 
     def after(self, metrics: Mapping[str, Any]) -> Ending | None:
         """Whether the run ends after an iteration with this line of metrics; a number that is not finite ends none."""
-        limits, reward = self._limits, metrics["reward_mean"]
+        return self.reached(metrics) or self._rejected(metrics)
+
+    def reached(self, metrics: Mapping[str, Any]) -> Ending | None:
+        """Whether an iteration with this line of metrics is beyond a limit; rejections are not counted."""
+        limits = self._limits
+        reward, reference_kl, entropy = (_number(metrics, key) for key in ("reward_mean", "reference_kl", "entropy"))
         if limits.reward is not None and reward >= limits.reward:
             return Ending(f"the mean reward {reward:.4g} is at least stop.reward {limits.reward:g}")
-        reference_kl, entropy = metrics.get("reference_kl"), metrics["entropy"]
         if limits.reference_kl is not None and reference_kl > limits.reference_kl:
             return Ending(f"the reference KL {reference_kl:.4g} is beyond stop.reference_kl {limits.reference_kl:g}")
         if limits.entropy is not None and entropy < limits.entropy:
             return Ending(f"the entropy {entropy:.4g} is below stop.entropy {limits.entropy:g}")
+        return None
+
+    def _rejected(self, metrics: Mapping[str, Any]) -> Ending | None:
         reason = metrics["reason"]
         if metrics["accepted"] or (self._only_non_finite and reason not in ("non_finite", NOTHING_TO_LEARN)):
             self._rejections.clear()
         elif reason != NOTHING_TO_LEARN:
             self._rejections.append(metrics)
-        if limits.rejections is not None and len(self._rejections) >= limits.rejections:
+        most = self._limits.rejections
+        if most is not None and len(self._rejections) >= most:
             return Ending(self._stuck(), failed=True)
         return None
 
@@ -92,3 +101,9 @@ class Stopping:
             return f"{told}; try {CONTROL_ADVICE} in a new run"
         advice = "; ".join(ADVICE[reason] for reason in reasons if reason in ADVICE) or "other settings of update"
         return f"stop.rejections: {told}; try {advice} in a new run, or go on with --resume"
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> float:
+    """What is not known, or was not finite when the line was written, as NaN, which is beyond no limit."""
+    value = metrics.get(key)
+    return math.nan if value is None else value

@@ -38,7 +38,8 @@ def endings(limits, *lines):
 )
 def test_each_limit_ends_the_run_where_it_is_passed(limit, fine, reached, words):
     key = "reward_mean" if limit == "reward" else limit
-    assert endings({limit: 0.8}, *({**FINE, key: value} for value in (*fine, math.nan))) == [None] * 3
+    # A number that is not finite is null in the file that a resumed run reads.
+    assert endings({limit: 0.8}, *({**FINE, key: value} for value in (*fine, math.nan, None))) == [None] * 4
     found = [endings({limit: 0.8}, {**FINE, key: value})[0] for value in reached]
     assert all(ending and not ending.failed for ending in found)
     assert found[-1].words == words
@@ -133,6 +134,10 @@ def test_a_run_that_reaches_a_limit_ends_as_any_run_does(place, capsys):
     names = {path.name for path in early.iterdir()}
     assert names >= {"learning_curve.png", "adapter", "best", "completions"}
     assert [path.name for path in (early / "completions").iterdir()] == [f"iteration-{first + 1:08d}.parquet"]
+    # It stays where it has ended.
+    assert main(["train", "--resume", "early"]) == 0
+    assert told in capsys.readouterr().out
+    assert [line["reference_kl"] for line in tiny_runs.metrics(early)] == kl[: first + 1]
     # With the limit taken off it goes on as if it had never been there.
     assert main(["train", "--resume", "early", "--stop.reference_kl", "null"]) == 0
     assert [line["reference_kl"] for line in tiny_runs.metrics(early)] == kl
