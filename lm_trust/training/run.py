@@ -75,6 +75,7 @@ def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
             checkpoints = RunFolder(resume).checkpoints
             if in_the_first(lambda: holds_checkpoint(checkpoints)):
                 _restore(trainer, checkpoints)
+                _check_length(config, trainer)
             else:
                 console.print("There is no checkpoint yet: the run begins again.", highlight=False)
         if first:
@@ -229,6 +230,21 @@ def _restore(trainer: Trainer, checkpoints: Path) -> None:
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--resume: {checkpoints} is of another model or configuration ({reason})") from error
+
+
+def _check_length(config: Config, trainer: Trainer) -> None:
+    """A run that is resumed cannot be made shorter than it is.
+
+    Raises:
+        UserError: it is to have fewer iterations than its checkpoint has.
+    """
+    if trainer.iteration <= trainer.iterations:
+        return
+    if isinstance(config, LanguageConfig):
+        key, given, least = "iterations", config.iterations, trainer.iteration
+    else:
+        key, given, least = "total_steps", config.total_steps, trainer.task.steps
+    raise UserError(f"--resume: {key} is {given} and the run has {least} behind it; give at least {least}, or leave it")
 
 
 def _iterate(

@@ -264,6 +264,21 @@ def test_a_finished_run_can_be_made_longer(runs):
     runs.assert_same(short, runs.train("long", "control"))
 
 
+@pytest.mark.parametrize(
+    ("world", "key", "shorter", "done"), [("language", "iterations", 1, 2), ("control", "total_steps", 64, 128)]
+)
+def test_a_run_cannot_be_made_shorter_than_it_is(runs, world, key, shorter, done, capsys):
+    run = runs.train("run", world, f"--{key}", str(done))
+    before = (run / "config.yaml").read_text(), (run / "metrics.jsonl").read_text(), runs.evaluation(run)
+    capsys.readouterr()
+    runs.resume(run, f"--{key}", str(shorter), status=2)
+    assert error_line(capsys) == (
+        f"--resume: {key} is {shorter} and the run has {done} behind it; give at least {done}, or leave it"
+    )
+    assert before == ((run / "config.yaml").read_text(), (run / "metrics.jsonl").read_text(), runs.evaluation(run))
+    runs.resume(run, f"--{key}", str(done))
+
+
 def spawn(place, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(lm_trust.__file__).parent.parent), "PYTHONWARNINGS": "default"}
     return subprocess.Popen(
