@@ -59,8 +59,10 @@ def launch(command: Sequence[str], *, processes: int | None, config_file: str | 
         config_file: of `accelerate config`, which then says how many there are and on which machines.
 
     Raises:
-        UserError: neither says how many processes there are to be.
+        UserError: neither says how many processes there are to be, or the file is none.
     """
+    if config_file is not None and not os.path.isfile(config_file):
+        raise UserError(f"--accelerate-config: no such file: {config_file}; `accelerate config` makes one")
     settings = ["--config_file", config_file] if config_file else []
     if config_file is None:
         processes = processes or _gpus()

@@ -256,6 +256,12 @@ def test_a_folder_that_holds_a_run_is_refused(calls, capsys):
     assert main(["train", "lm.yaml", "--output", "runs/early"]) == 143
 
 
+def test_launch_looks_for_the_settings_before_anything_starts(calls, capsys):
+    assert refused(capsys, "launch", "--accelerate-config", "nope.yaml", "train", "control.yaml") == [
+        "--accelerate-config: no such file: nope.yaml; `accelerate config` makes one"
+    ]
+
+
 # ---- resume
 
 

@@ -68,13 +68,16 @@ def _check_processes(config: Config) -> None:
         UserError: there are more processes than rows to share out.
     """
     if isinstance(config, ControlConfig):
-        shared = {"environment.count": config.environment.count}
+        shared = {"environment.count": (config.environment.count, "environments")}
     else:
-        prompts = config.rollout.batch_size // config.rollout.samples_per_prompt
-        shared = {"rollout.batch_size": prompts, "evaluation.count": config.evaluation.count}
-    for key, count in shared.items():
+        rows, samples = config.rollout.batch_size, config.rollout.samples_per_prompt
+        shared = {
+            "rollout.batch_size": (rows // samples, "completions" if samples == 1 else f"prompts of {samples} samples"),
+            "evaluation.count": (config.evaluation.count, "completions"),
+        }
+    for key, (count, what) in shared.items():
         if count < process_count():
-            raise UserError(f"{key}: {count} cannot be shared out among {process_count()} processes; raise it")
+            raise UserError(f"{key}: {count} {what} cannot be shared out among {process_count()} processes; raise it")
 
 
 def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None, int]:

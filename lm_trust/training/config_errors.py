@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lm_trust.training.config_learning import GROUPED
+
 Key = tuple[str, ...]  # a dotted key in parts; items of a list by index
 
 _EXPECTED = {
@@ -19,6 +21,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
+    "dict_type": "a section with keys of its own",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
     "none_required": "null",
@@ -121,8 +124,9 @@ def _message(item: Any, key: Key, section: type[BaseModel], root: type[BaseModel
         text = " (text)" if isinstance(item["input"], str) else ""
         return f"expected {_EXPECTED[kind]}, got {got}{text}"
     if kind in _LIMITS:
-        words, limit = _LIMITS[kind]
-        return f"must be {words} {context[limit]:g}, got {got}"
+        words, name = _LIMITS[kind]
+        limit = context[name]
+        return f"must be {words} {f'{limit:g}' if isinstance(limit, float) else limit}, got {got}"
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
     if kind == "value_error":
@@ -139,19 +143,30 @@ def _instead(key: Key, section: type[BaseModel], root: type[BaseModel], other: t
     """What the writer of an unknown key may have meant: a neighbour, another kind's key, one elsewhere."""
     *above, wrong = key
     here = list(section.model_fields)
-    near = difflib.get_close_matches(wrong, here, n=1)
+    if key in set(keys_of(root)):
+        return _of_another_kind(section, root)
+    of_other = key in set(keys_of(other))
+    near = difflib.get_close_matches(wrong, here, n=1, cutoff=0.8 if of_other else 0.6)
     if near:
         return f"; did you mean {dotted((*above, near[0]))}?"
-    if key in set(keys_of(root)):
-        kind = section.model_fields["kind"].default
-        return f" of kind {kind}; its keys are {', '.join(name for name in here if name != 'kind') or 'none'}"
-    if key in set(keys_of(other)):
+    if of_other:  # before a weak likeness: `iterations` of language runs is no slip for `evaluation`
         return f" here; it belongs to {_world(other)}"
     elsewhere = {one[-1]: one for one in reversed(list(keys_of(root)))}
     near = difflib.get_close_matches(wrong, list(elsewhere), n=1, cutoff=0.8)
     if near:
         return f"; did you mean {dotted(elsewhere[near[0]])}?"
     return f"; the keys of {dotted(above)} are {', '.join(here)}" if above else f"; the keys are {', '.join(here)}"
+
+
+def _of_another_kind(section: type[BaseModel], root: type[BaseModel]) -> str:
+    kind = section.model_fields["kind"].default
+    keys = [name for name in section.model_fields if name != "kind"]
+    if keys:
+        return f" of kind {kind}; its keys are {', '.join(keys)}"
+    # Who gave no kind may well have chosen it by the estimator.
+    grouped = [name for name in GROUPED if name in variants(root.model_fields["advantage"].annotation)]
+    why = f"; it is the only one with advantage.kind {' or '.join(grouped)}" if grouped else ""
+    return f" of kind {kind}, which has no keys{why}"
 
 
 def _unknown_kind(key: Key, given: Any, root: type[BaseModel], other: type[BaseModel]) -> str:

@@ -285,7 +285,26 @@ def _model_path(path: str) -> tuple[str, str | None]:
         return os.path.abspath(local), _no_such("folder", path)
     if not _HUB_ID.fullmatch(path):
         return path, f"expected {BUNDLED_MODEL}, a folder or a hub id, got {shown(path)}"
+    near = _near_model(path)
+    if near is not None:
+        return path, f"no model {shown(path)} here; did you mean {plain(near)}? (a hub id is written owner/name)"
     return path, None
+
+
+def _near_model(path: str) -> str | None:
+    """The model that a misspelt name means: ours, or a folder's of almost that name; None: it may be on the hub.
+
+    It is looked for before the hub is asked, which takes most of a minute where there is none.
+    """
+    folder, name = os.path.split(path)
+    if not folder and difflib.get_close_matches(path.lower(), [BUNDLED_MODEL], cutoff=0.75):
+        return BUNDLED_MODEL
+    try:
+        folders = [entry.name for entry in os.scandir(folder or ".") if entry.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(name, folders, n=1, cutoff=0.9)  # gpt2 is no slip for a folder gpt-2
+    return os.path.join(folder, near[0]) if near else None
 
 
 def _adapter_path(path: str) -> tuple[str, str | None]:

@@ -326,6 +326,18 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
         ("max_kl", "1", "max_kl: unknown key; did you mean update.max_kl?"),
         ("policy.hidden", "[1]", "policy: unknown key here; it belongs to control runs"),
         ("rollout.steps", "1", "rollout.steps: unknown key here; it belongs to control runs"),
+        ("total_steps", "1", "total_steps: unknown key here; it belongs to control runs"),
+        ("seed", "4294967296", "seed: must be at most 4294967295, got 4294967296"),
+        (
+            "model.path",
+            "smolm2-135m",
+            "model.path: no model 'smolm2-135m' here; did you mean smollm2-135m? (a hub id is written owner/name)",
+        ),
+        (
+            "model.path",
+            "SmolLM2-135M",
+            "model.path: no model 'SmolLM2-135M' here; did you mean smollm2-135m? (a hub id is written owner/name)",
+        ),
         ("rewards.0.wieght", "1", "rewards.0.wieght: unknown key; did you mean rewards.0.weight?"),
         (
             "model.lora.dropout",
@@ -566,6 +578,42 @@ def test_an_adapter_to_start_from_says_itself_what_it_is_like(folder):
 def test_bootstrap_goes_with_any_critic(folder):
     for kind in ("gae", "returns_to_go"):
         assert lm(advantage__kind=kind, rollout__at_limit="bootstrap").rollout.at_limit == "bootstrap"
+
+
+def test_a_key_of_another_command_is_told_before_a_likeness(folder):
+    assert problems("control.yaml", ("iterations", "5")) == [
+        "command line: iterations: unknown key here; it belongs to language runs"
+    ]
+    with pytest.raises(UserError, match=r"lm\.yaml: iterations: unknown key here; it belongs to language runs"):
+        load_config("lm.yaml", root=SftConfig)
+
+
+def test_a_key_of_no_critic_says_where_no_critic_comes_from(folder):
+    write("headed.yaml", LANGUAGE + "critic: {hidden: [9]}\nrollout: {samples_per_prompt: 4}\n")
+    assert problems("headed.yaml", ("advantage.kind", "leave_one_out")) == [
+        "headed.yaml: critic.hidden: unknown key of kind none, which has no keys; "
+        "it is the only one with advantage.kind leave_one_out or group_relative"
+    ]
+    assert problems("control.yaml", ("critic", "{kind: none, hidden: [9]}")) == [
+        "command line: critic.hidden: unknown key of kind none, which has no keys"
+    ]
+
+
+def test_arguments_are_a_section(folder):
+    assert problems("control.yaml", ("environment.arguments", "[1]")) == [
+        "command line: environment.arguments: expected a section with keys of its own, got a list"
+    ]
+
+
+def test_a_model_of_almost_a_folder_s_name_is_told_before_the_hub_is_asked(folder):
+    for name in ("my-llama", "models/reviewer-2", "gpt-2"):
+        os.makedirs(name)
+    for wrong, right in (("my-lama", "my-llama"), ("models/reviwer-2", "models/reviewer-2")):
+        assert problems("lm.yaml", ("model.path", wrong)) == [
+            f"command line: model.path: no model '{wrong}' here; did you mean {right}? (a hub id is written owner/name)"
+        ]
+    for name in ("gpt2", "distilgpt2", "owner/my-lama"):
+        assert lm(model__path=name).model.path == name
 
 
 def test_control_settings_must_go_together(folder):

@@ -174,7 +174,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(workers, fol
 def test_more_processes_than_rows_are_refused(workers, folder):
     config = write_config(rollout={"batch_size": 6, "samples_per_prompt": 2, "max_new_tokens": 4})
     (status, _, error), *_ = workers.run(command, 4, folder, "train", config)
-    assert status == 2 and "rollout.batch_size: 3 cannot be shared out among 4 processes" in error
+    assert status == 2 and "rollout.batch_size: 3 prompts of 2 samples cannot be shared out among 4 processes" in error
     (status, _, error), *_ = workers.run(
         command,
         4,
