@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import traceback
 from collections.abc import Callable
@@ -100,9 +101,7 @@ def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]
     try:
         env = make(**arguments)
     except (AttributeError, ImportError, RuntimeError) as error:
-        # Importing mujoco loads what MUJOCO_GL names, looked at or not, and fails in a way of each library's own.
-        frames = traceback.walk_tb(error.__traceback__)
-        if not any(frame.f_globals.get("__name__", "").startswith("mujoco.") for frame, _ in frames):
+        if not _raised_in_mujoco(error):
             raise
         raise UserError(
             f"environment {id}: MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} "
@@ -112,6 +111,12 @@ def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]
     if not isinstance(env, gymnasium.Env):
         raise UserError(f"environment.id: {id} returned {type(env).__name__}, not a gymnasium.Env")
     return env
+
+
+def _raised_in_mujoco(error: BaseException) -> bool:
+    """Importing it loads what MUJOCO_GL names, looked at or not, and fails in a way of each library's own."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("mujoco.") for frame, _ in frames)
 
 
 def _maker(id: str) -> Callable[..., gymnasium.Env]:
@@ -138,13 +143,18 @@ def _make_registered(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
         return gymnasium.make(id, disable_env_checker=True, **arguments)
     except (gymnasium.error.Error, ImportError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "mujoco" in text.lower():
+        if "mujoco" in text.lower() and importlib.util.find_spec("mujoco") is None:
             raise UserError(f"environment {id} needs MuJoCo: pip install 'lm-trust[mujoco]'") from error
         raise UserError(f"environment {id}: {text}") from error
     except TypeError as error:
         if not arguments:
             raise
         raise UserError(f"environment.arguments: {id} does not take {arguments}: {error}") from error
+    except Exception as error:
+        if not arguments.keys() - {"render_mode"} or _raised_in_mujoco(error):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"environment.arguments: {id} cannot be made with {arguments}: {text}") from error
 
 
 def _import(id: str, module_name: str) -> Any:

@@ -188,6 +188,31 @@ def test_missing_mujoco_names_the_extra(monkeypatch):
     refused(lambda: make_environments("HalfCheetah-v5", 1, seed=0), "HalfCheetah-v5", "lm-trust[mujoco]")
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+@pytest.mark.parametrize("id", ["HalfCheetah-v2", "Ant-v3"])
+def test_an_old_mujoco_id_is_told_in_gymnasiums_words(id):
+    pytest.importorskip("mujoco")
+    told = refused(lambda: make_environments(id, 1, seed=0), f"environment {id}: ", "gymnasium-robotics")
+    assert "pip install" not in told
+
+
+@pytest.mark.parametrize(
+    ("id", "arguments"),
+    [
+        ("FrozenLake-v1", {"map_name": "9x9"}),
+        ("CartPole-v1", {"max_episode_steps": 0}),
+        ("HalfCheetah-v5", {"xml_file": "nope.xml"}),
+        ("HalfCheetah-v5", {"frame_skip": 0}),
+    ],
+)
+def test_arguments_that_an_environment_cannot_be_made_with(id, arguments):
+    if id == "HalfCheetah-v5":
+        pytest.importorskip("mujoco")
+    (name, value), *_ = arguments.items()
+    make = {"arguments": arguments, "seed": 0}
+    refused(lambda: make_environments(id, 1, **make), f"environment.arguments: {id} cannot", name, str(value))
+
+
 def test_an_argument_that_an_environment_does_not_take():
     make = {"arguments": {"gravity_typo": 3}, "seed": 0}
     refused(lambda: make_environments("CartPole-v1", 1, **make), "environment.arguments", "gravity_typo")
