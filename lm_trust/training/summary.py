@@ -38,17 +38,23 @@ def print_summary(evaluation: Mapping[str, Evaluation | None], console: Console,
         return
     width = min(console.width, WIDTH)
     last = list(columns.values())[-1]
-    count, unit = last.get("count"), "completions" if world == "language" else "episodes"
+    unit = "completions" if world == "language" else "episodes"
     title = "Held-out evaluation" if world == "language" else "Evaluation"
+    rows = language_rows(last) if world == "language" else _CONTROL_ROWS
+    counts = {values.get("count") for values in columns.values()} - {None}
+    if len(counts) == 1:
+        title += f", {counts.pop()} {unit}"
+    elif counts:  # each column has its own
+        rows = [*rows, (unit, lambda values: str(values.get("count", "-")))]
     console.print()
-    console.print(Text(title if count is None else f"{title}, {count} {unit}", "bold"))
+    console.print(Text(title, "bold"))
     # Not as wide as it might be: the eye should find its way from a name to its number.
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_column(overflow="fold")
     for _ in columns:
         table.add_column(justify="right", no_wrap=True)
     table.add_row("", *(Text(name, "bold") for name in columns))
-    for label, number in language_rows(last) if world == "language" else _CONTROL_ROWS:
+    for label, number in rows:
         table.add_row(Text(label), *(number(values) for values in columns.values()))
     console.print(table, width=width, highlight=False)
     samples = {name: list(values.get("samples") or []) for name, values in columns.items()}

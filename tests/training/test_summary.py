@@ -46,6 +46,14 @@ def test_before_stands_against_after():
     assert row(lines, "completion length (tokens)").split() == ["19.8", "19.8"]
 
 
+def test_sides_of_different_counts_show_each_its_own():
+    lines = printed({"before": evaluation(0.1), "after": evaluation(0.2) | {"count": 240}})
+    assert "Held-out evaluation" in lines
+    assert row(lines, "completions").split() == ["64", "240"]
+    lines = printed({"before": evaluation(0.1), "after": evaluation(0.2)})
+    assert not any(line.startswith("completions") for line in lines)
+
+
 def test_control_has_only_after():
     after = {"reward_mean": 500.0, "reward_interval": [499.5, 500.0], "count": 20, "length_mean": 500.0}
     lines = printed({"after": after}, world="control")
