@@ -173,9 +173,10 @@ run; the configs of `lm-trust sft` and `lm-trust reward-model` have a `data`
 section. In a file the keys nest; on the command line they are dotted:
 `update: {max_kl: 0.02}` is --update.max_kl 0.02.
 
-`extends: other.yaml` at the top of a file takes that file's keys (the name is
-relative to the file). Sections merge; lists, values and sections of another
-`kind` replace.
+`extends: other.yaml` at the top of a file takes that file's keys. Sections
+merge; lists, values and sections of another `kind` replace. That name and a
+comparison's `base` are relative to the file, all other paths to the working
+directory.
 """
 CONFIG_EXAMPLES = """\
 examples:

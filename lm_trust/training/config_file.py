@@ -1,10 +1,10 @@
 """Read a run's config from YAML, `extends` and the command line, and write it back resolved.
 
-A config file may name a parent, `extends: other.yaml`, relative to itself. Mappings merge, lists and single
-values replace, and a section whose `kind` differs from its parent's replaces it whole: the keys of TRPO
-mean nothing to PPO. Overrides from the command line are one more such layer on top. Every problem found is
-one line that names the file (or the command line), the key and what to do; all of them come in one
-`UserError`.
+A config file may name a parent, `extends: other.yaml`, relative to itself; a run's other paths are relative to the
+working directory. Mappings merge, lists and single values replace, and a section whose `kind` differs from its
+parent's replaces it whole: the keys of TRPO mean nothing to PPO. Overrides from the command line are one more such
+layer on top. Every problem found is one line that names the file (or the command line), the key and what to do; all
+of them come in one `UserError`.
 """
 
 from __future__ import annotations

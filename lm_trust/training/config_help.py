@@ -38,8 +38,7 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
         yield ""
         if kind is None:
             yield f"{name} (a list of these, {name}.0 the first)" if is_list else name
-            if field.default is None:
-                yield from _wrapped(f"{section.__doc__} {field.description}", "  ")
+            yield from _wrapped(f"{section.__doc__ or ''} {field.description or ''}", "  ")
         else:
             words = " (the default)" if kind == getattr(default, "kind", None) else ""
             yield f"{name}{f' (a list of these, {name}.0 the first)' if is_list else ''}, kind: {kind}{words}"

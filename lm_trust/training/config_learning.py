@@ -153,7 +153,7 @@ class Trpo(Section):
     damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
     cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
     preconditioner: Literal["gradient"] | None = Field(
-        None, description="gradient: what it says of the Fisher spares half of them; null: none"
+        None, description="gradient: what it says of the Fisher spares up to two thirds of them; null: none"
     )
     fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
     fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(
@@ -180,7 +180,10 @@ class PpoClip(Section):
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     anneal_entropy: bool = Field(False, description="let the entropy bonus fall to 0 over the run")
     max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
-    target_kl: Rate | None = Field(None, description="step KL that ends the epochs early; null: never")
+    target_kl: Rate | None = Field(
+        None,
+        description="step KL: the epochs end where a minibatch's k3 estimate is over 1.5 times it; null: never",
+    )
 
 
 class AdamUpdate(Section):

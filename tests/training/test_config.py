@@ -134,6 +134,17 @@ def test_every_key_is_listed_with_its_meaning(root):
     assert "  hidden             [64, 64]     widths of the hidden layers" in key_listing(ControlConfig)
 
 
+def test_what_a_section_is_for_and_what_null_means_are_listed():
+    sections = key_listing(LanguageConfig).split("\n\n")
+    told = {text.splitlines()[0]: " ".join(text.split()) for text in sections}
+    assert "null: all of the model's weights are trained" in told["model.lora"]
+    assert "null: the penalty stays as it is" in told["reference.adaptive"]
+    assert "End the training early" in told["stop"]
+    assert "what is reported stays as it was scored" in told["reward_scaling"]
+    assert "what to do about it (Yao et al. 2025)" in told["rollout.mismatch"]
+    assert told["rollout"].startswith("rollout batch_size")
+
+
 def test_names_agree_with_the_modules_that_they_name():
     from lm_trust.core.fisher import METHODS
     from lm_trust.core.trust_region import trust_region_step
