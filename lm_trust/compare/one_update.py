@@ -55,7 +55,7 @@ def one_update_study(
             95 % interval; see `fresh_gain`.
         improvement, improvement_low, improvement_high: held-out mean reward less the old policy's, with the 95 %
             interval of that difference; see `paired_improvement`.
-        bound: the rule's max_kl, nats per step; None where it has none. within: step_kl <= bound.
+        bound: the rule's max_kl in force, nats per step; None where it has none. within: step_kl <= bound.
         seconds: of the update alone.
         error: in one line, where the candidate failed; what was not measured by then is None.
 
@@ -150,6 +150,7 @@ def _measure(config: Config, start: _Start, row: dict[str, Any]) -> None:
     row["batch_gain"], row["predicted_gain"] = report.surrogate_gain, report.predicted_gain
     row["step_kl"], row["step_kl_max"], row["accepted"] = report.step_kl, report.step_kl_max, report.accepted
     row["reference_kl"] = report.metrics.get("reference_kl_after")
+    row["bound"] = report.metrics.get("max_kl", row["bound"])  # an annealed one is less than the config's
     row["within"] = None if row["bound"] is None else report.step_kl <= row["bound"]
     loss = config.reference.loss if isinstance(config, LanguageConfig) else 0.0
     row["fresh_gain"], row["fresh_low"], row["fresh_high"] = fresh_gain(policy, start.fresh, reference_loss=loss)

@@ -99,7 +99,10 @@ def read_cell(cell: Cell) -> CellResult:
     seconds = list(accumulate(line["iteration_seconds"] for line in lines))
     place = {"rule": cell.rule, "value": cell.value, "seed": cell.config.seed}
     rows = [
-        {**place, "bound": bound, "seconds": elapsed, "gradients": cost, **{key: line.get(key) for key in _COPIED}}
+        # An annealed bound is less, update by update, than the config's.
+        place
+        | {"bound": line.get("max_kl", bound), "seconds": elapsed, "gradients": cost}
+        | {key: line.get(key) for key in _COPIED}
         for line, elapsed, cost in zip(lines, seconds, spent, strict=True)
     ]
     sides = run.evaluation() if run else {}
@@ -121,6 +124,7 @@ def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float 
     last = rows[-1] if rows else {}
     after = after or {}
     kept = [row["step_kl"] for row in rows]
+    broken = [row["step_kl"] > row["bound"] for row in rows if row["bound"] is not None]
     timed = [row["step_seconds"] for row in rows]
     return {
         "folder": str(cell.folder),
@@ -139,7 +143,7 @@ def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float 
         "step_kl_mean_max": max(kept, default=None),
         "step_kl_max": max((row["step_kl_max"] for row in rows), default=None),
         "bound": bound,
-        "violations": None if bound is None or not kept else float(np.mean([kl > bound for kl in kept])),
+        "violations": float(np.mean(broken)) if broken else None,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_trust.training.config_language import Lora, Mismatch
+from lm_trust.training.config_language import Lora
 from lm_trust.training.config_learning import GROUPED
 from lm_trust.training.config_rewards import FunctionReward
 from lm_trust.training.penalty import LARGEST_ERROR
@@ -83,9 +83,6 @@ def _rollout_problems(config: LanguageConfig) -> Problems:
     if rollout.at_limit != "penalise" and rollout.limit_penalty:
         words = f"has no effect with rollout.at_limit {rollout.at_limit}; use penalise"
         problems.append(("rollout.limit_penalty", words))
-    if rollout.engine == "generate" and rollout.mismatch != Mismatch():
-        words = "has no effect with rollout.engine generate, which draws from what the policy scores; leave it out"
-        problems.append(("rollout.mismatch", words))
     return problems
 
 
@@ -103,11 +100,7 @@ def _model_problems(config: LanguageConfig) -> Problems:
 
 def _reward_problems(config: LanguageConfig) -> Problems:
     problems = []
-    kind = config.advantage.kind
     for index, reward in enumerate(config.rewards):
-        if reward.dense and kind in GROUPED:
-            words = f"has no effect with advantage.kind {kind}, which looks at the whole completion's score; use false"
-            problems.append((f"rewards.{index}.dense", words))
         if reward.kind != "function":
             continue
         if reward.dense and reward.level != "sequence":
@@ -162,8 +155,6 @@ def _minibatch_problems(config: Config, size: int, words: str) -> Problems:
 def _update_problems(config: Config, rows: int, group: int = 1) -> Problems:
     """What is wrong with the rule for batches of so many rows, of which groups share a prompt."""
     problems = []
-    if getattr(config.update, "anneal_entropy", False) and not config.update.entropy:
-        problems.append(("update.anneal_entropy", "has no effect with update.entropy 0"))
     if config.update.kind == "trpo_penalty" and config.update.coefficient is None and discount(config) == 1:
         problems.append(
             ("update.coefficient", "must be given without a discount, where that of the theory is infinite")

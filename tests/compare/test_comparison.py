@@ -285,6 +285,19 @@ def test_a_cell_reads_as_its_run_tells(files):
     assert result.rows[0]["step_seconds"] is None and result.summary["step_seconds"] is None
 
 
+def test_an_update_is_judged_by_the_bound_that_was_in_force(files):
+    cell = load(files, ("seeds", "[3]"), ("rules.trpo.values", "[0.03]")).cells[0]
+    assert train_cells([cell], 1, lambda line: None) == 0
+    metrics = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["bound"] for row in read_cell(cell).rows] == [0.03] * 4
+    metrics[1]["max_kl"] = metrics[1]["step_kl"] / 2  # as where it is annealed, and was not kept
+    del metrics[2]["max_kl"]  # by an earlier version
+    (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    result = read_cell(cell)
+    assert [row["bound"] for row in result.rows] == [0.03, metrics[1]["step_kl"] / 2, 0.03, 0.03]
+    assert result.summary["violations"] == 0.25 and result.summary["bound"] == 0.03
+
+
 def test_a_failed_cell_says_what_its_last_attempt_said(files, monkeypatch):
     """Its log holds the earlier ones as well."""
     cell = load(files).cells[0]

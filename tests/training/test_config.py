@@ -507,34 +507,9 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
             {"rollout.limit_penalty": "1"},
             "rollout.limit_penalty: has no effect with rollout.at_limit terminate; use penalise",
         ),
-        *(
-            (
-                {
-                    "advantage.kind": kind,
-                    "rollout.samples_per_prompt": "4",
-                    "rewards": f"[{{name: length}}, {{{reward}, dense: true}}]",
-                },
-                f"rewards.1.dense: has no effect with advantage.kind {kind}, which looks at the whole completion's "
-                "score; use false",
-            )
-            for kind, reward in (
-                ("leave_one_out", "name: vader"),
-                ("group_relative", "kind: classifier, path: gpt2"),
-                ("group_relative", "kind: human_rating"),
-            )
-        ),
-        (
-            {"rollout.mismatch.limit": "0.1"},
-            "rollout.mismatch: has no effect with rollout.engine generate, which draws from what the policy scores; "
-            "leave it out",
-        ),
         (
             {"rewards.0.step_delimiter": "'.'", "rewards.0.level": "token"},
             "rewards.0.step_delimiter: has no effect with level token; use step, or leave it out",
-        ),
-        (
-            {"update.kind": "ppo_clip", "update.anneal_entropy": "true"},
-            "update.anneal_entropy: has no effect with update.entropy 0",
         ),
         (
             {"update.kind": "natural_gradient", "reference.budget": "3"},
@@ -785,3 +760,21 @@ def test_every_config_that_comes_with_the_package_is_valid(path):
 def test_a_comparison_is_not_a_run():
     with pytest.raises(UserError, match="base and rules are given, as for lm-trust compare"):
         load_config(CONFIGS / "compare/cartpole.yaml")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {
+            "advantage.kind": "leave_one_out",
+            "critic.kind": "none",
+            "rollout.samples_per_prompt": "4",
+            "rewards": "[{name: vader, dense: true}]",
+        },
+        {"rollout.engine": "generate", "rollout.mismatch.limit": "0.1"},
+        {"update.kind": "ppo_clip", "update.anneal_entropy": "true", "update.entropy": "0.0"},
+    ],
+)
+def test_what_one_override_leaves_without_effect_is_no_error(folder, overrides):
+    """Who tries another estimator, engine or weight on a config is not to edit the rest of it first."""
+    load_config("lm.yaml", list(overrides.items()))
