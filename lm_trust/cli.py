@@ -114,7 +114,7 @@ def _resolved(parsed: argparse.Namespace, overrides: list[tuple[str, str]]) -> t
         if parsed.output is not None and Path(parsed.output).expanduser().resolve() != resume.resolve():
             raise UserError("--output: a resumed run goes on in its own folder; leave out --output or --resume")
         config = load_config(parsed.config or resume / "config.yaml", overrides)
-        _check_unchanged(config, load_config(resume / "config.yaml", check_files=False), resume)
+        _check_unchanged(config, load_config(resume / "config.yaml", check_files=False, saved=True), resume)
     config = config.model_copy(update={"output": str(output)})
     check_installed(config.trackers)
     return config, output, resume
@@ -176,7 +176,7 @@ def _generate(parsed: argparse.Namespace) -> int:
     from lm_trust.training.config_file import load_config
 
     run = _run_folder(parsed.run)
-    if not isinstance(load_config(run / "config.yaml", check_files=False), LanguageConfig):
+    if not isinstance(load_config(run / "config.yaml", check_files=False, saved=True), LanguageConfig):
         raise UserError(f"{run}: this is a control run; generate needs a language run")
     if not parsed.prompt:
         raise UserError("PROMPT: must not be empty")

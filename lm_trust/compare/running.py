@@ -40,7 +40,8 @@ def check_unchanged(cells: Sequence[Cell]) -> None:
         saved = cell.folder / "config.yaml"
         if not saved.is_file():
             continue
-        now, then = (leaves(one.model_dump()) for one in (cell.config, load_config(saved, check_files=False)))
+        before = load_config(saved, check_files=False, saved=True)
+        now, then = (leaves(one.model_dump()) for one in (cell.config, before))
         changed = differing_keys(then, now, _MAY_DIFFER)
         if changed:
             key = changed[0]

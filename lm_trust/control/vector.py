@@ -120,7 +120,11 @@ class Environments:
         for row in range(self.count) if rows is None else rows:
             observation, rewards[row], terminated[row], truncated[row], _ = self._step_functions[row](given[row])
             encoded = observation if encode is None else encode(observation)
-            if len(encoded) != size:  # numpy would repeat a single number without a word
+            try:
+                length = len(encoded)
+            except TypeError:  # a bare number, as some environments with a single one give
+                length = 1
+            if length != size:  # numpy would repeat a single number without a word
                 raise self._misshapen(row, observation)
             observations[row] = encoded
         # A sum of squares is the cheapest look at every number; where it overflows, the exact check decides.

@@ -252,7 +252,7 @@ class DiagonalGaussian:
 
     def _deviation(self, actions: Tensor) -> Tensor:
         # (N,) actions of one dimension beside (N, 1) means would broadcast to N x N without a word.
-        if actions.ndim < self.mean.ndim or actions.shape[-1] != self.mean.shape[-1]:
+        if actions.shape[-1:] != self.mean.shape[-1:]:
             given, wanted = tuple(actions.shape), tuple(self.mean.shape)
             raise ValueError(f"actions of shape {given} for means of shape {wanted}: the last axis is the action's")
         return actions - self.mean

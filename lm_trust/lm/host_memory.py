@@ -11,8 +11,8 @@ import ctypes
 import functools
 import sys
 
-# Bytes. Pages that are given back are faulted in again: 3 % of the time where a microbatch takes a gigabyte, a third of
-# it on a model so small that all of this saves 10 MiB.
+# Bytes; glibc counts those that were given back before as well. Pages that are given back are faulted in again: 3 % of
+# the time where a microbatch takes a gigabyte, a third of it on a model so small that all of this saves 10 MiB.
 LEAST = 2**28
 
 

@@ -5,6 +5,7 @@ A model is named by the special name `smollm2-135m`, by a local folder, or by a 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import huggingface_hub
@@ -49,7 +50,8 @@ def load_tokenizer(
         raise UserError(f"model.path: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; completions need one")
-    size = vocabulary_size(path, revision=revision, trust_remote_code=trust_remote_code)
+    known = vocabulary_size(path, revision=revision, trust_remote_code=trust_remote_code)
+    size = math.inf if known is None else known
     if tokenizer.eos_token_id >= size:
         raise UserError(
             f"model.path: the tokenizer of {path!r} ends a sequence by token {tokenizer.eos_token_id}, and the model "
@@ -238,13 +240,14 @@ def context_length(path: str, *, revision: str | None = None, trust_remote_code:
     return getattr(config, "max_position_embeddings", None)
 
 
-def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """Tokens that the model has an embedding of, ids from 0, read from its configuration alone.
+def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """Tokens that the model has an embedding of, ids from 0, read from its configuration; None where it is not said.
 
     Raises:
         UserError: the configuration cannot be loaded.
     """
-    return _text_config(path, revision=revision, trust_remote_code=trust_remote_code).vocab_size
+    config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    return getattr(config, "vocab_size", None)
 
 
 def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

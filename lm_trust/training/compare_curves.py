@@ -76,7 +76,7 @@ def plot_runs(
         raise UserError(f"--output: {output} is not the name of a picture; let it end in .png")
     runs = list({run.resolve(): run for run in runs}.values())
     metrics = {run: _metrics(run) for run in runs}
-    configs = {run: load_config(run / "config.yaml", check_files=False) for run in runs}
+    configs = {run: load_config(run / "config.yaml", check_files=False, saved=True) for run in runs}
     series = {run: _series(_records(run, metrics[run], metric), metrics[run], metric, x) for run in runs}
     if not any(len(places) for places, _ in series.values()):
         raise UserError(_no_metric(metrics.values(), metric))

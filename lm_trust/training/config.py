@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from lm_trust.training.config_checks import ConfigError, control_problems, language_problems
 from lm_trust.training.config_language import (
@@ -101,8 +101,8 @@ class LanguageConfig(Section):
     trackers: Trackers
 
     @model_validator(mode="after")
-    def _together(self) -> LanguageConfig:
-        if problems := language_problems(self):
+    def _together(self, info: ValidationInfo) -> LanguageConfig:
+        if not is_saved(info) and (problems := language_problems(self)):
             raise ConfigError(problems)
         return self
 
@@ -156,10 +156,15 @@ class ControlConfig(Section):
         return -(-self.total_steps // (self.environment.count * self.rollout.steps))
 
     @model_validator(mode="after")
-    def _together(self) -> ControlConfig:
-        if problems := control_problems(self):
+    def _together(self, info: ValidationInfo) -> ControlConfig:
+        if not is_saved(info) and (problems := control_problems(self)):
             raise ConfigError(problems)
         return self
+
+
+def is_saved(info: ValidationInfo) -> bool:
+    """Whether a run's own config is read back; see `load_config`."""
+    return bool(info.context and info.context["saved"])
 
 
 Config = LanguageConfig | ControlConfig

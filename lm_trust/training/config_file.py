@@ -40,6 +40,7 @@ def load_config(
     root: type[StageConfig] | None = None,
     layers: Sequence[Layer] = (),
     check_files: bool = True,
+    saved: bool = False,
 ) -> Config | StageConfig:
     """The validated config of a file: defaults filled in, `output` chosen, local paths absolute.
 
@@ -50,6 +51,8 @@ def load_config(
         root: the stage that the config is of; without it a run of either world, told by its sections.
         check_files: whether the prompts, the adapter and a local model must exist; a finished run can be
             looked at without its prompts.
+        saved: whether it is a run's own, to be looked at. Which settings may stand together was then checked by the
+            version that trained it; a later one may be stricter.
         layers: mappings between the file and the overrides, each with the name of its place.
 
     Raises:
@@ -58,7 +61,7 @@ def load_config(
     path = os.fspath(path)
     stack = _stack(path, layers, overrides)
     root = root or _world(stack, path)
-    config, sources = _validated(root, [(path, _default_kinds(root, stack)), *stack], path)
+    config, sources = _validated(root, [(path, _default_kinds(root, stack)), *stack], path, saved=saved)
     config, found = _resolve(config, path, check_files)
     if found:
         raise UserError(_lines(found, sources, path))
@@ -89,14 +92,16 @@ def _stack(path: str, layers: Sequence[Layer], overrides: Sequence[tuple[str, st
     return [*_layers(path, ()), *layers, (COMMAND_LINE, _override_layer(overrides))]
 
 
-def _validated(root: type[Root], stack: Sequence[Layer], path: str) -> tuple[Root, dict[Key, str]]:
+def _validated(
+    root: type[Root], stack: Sequence[Layer], path: str, *, saved: bool = False
+) -> tuple[Root, dict[Key, str]]:
     """The config that the layers make, and which of them each key was last set by."""
     sources: dict[Key, str] = {}
     tree: dict[str, Any] = {}
     for source, layer in stack:
         tree = _merge(tree, layer, source, sources)
     try:
-        return root.model_validate(tree), sources
+        return root.model_validate(tree, context={"saved": saved}), sources
     except ValidationError as error:
         found = problems_of(error, root, ControlConfig if root is LanguageConfig else LanguageConfig)
         raise UserError(_lines(found, sources, path)) from None
@@ -285,26 +290,10 @@ def _model_path(path: str) -> tuple[str, str | None]:
         return os.path.abspath(local), _no_such("folder", path)
     if not _HUB_ID.fullmatch(path):
         return path, f"expected {BUNDLED_MODEL}, a folder or a hub id, got {shown(path)}"
-    near = _near_model(path)
-    if near is not None:
-        return path, f"no model {shown(path)} here; did you mean {plain(near)}? (a hub id is written owner/name)"
+    # A slip is told before the hub is asked, which takes most of a minute where there is none.
+    if "/" not in path and difflib.get_close_matches(path.lower(), [BUNDLED_MODEL], cutoff=0.75):
+        return path, f"no model {shown(path)} here; did you mean {BUNDLED_MODEL}? (a hub id is written owner/name)"
     return path, None
-
-
-def _near_model(path: str) -> str | None:
-    """The model that a misspelt name means: ours, or a folder's of almost that name; None: it may be on the hub.
-
-    It is looked for before the hub is asked, which takes most of a minute where there is none.
-    """
-    folder, name = os.path.split(path)
-    if not folder and difflib.get_close_matches(path.lower(), [BUNDLED_MODEL], cutoff=0.75):
-        return BUNDLED_MODEL
-    try:
-        folders = [entry.name for entry in os.scandir(folder or ".") if entry.is_dir()]
-    except OSError:
-        return None
-    near = difflib.get_close_matches(name, folders, n=1, cutoff=0.9)  # gpt2 is no slip for a folder gpt-2
-    return os.path.join(folder, near[0]) if near else None
 
 
 def _adapter_path(path: str) -> tuple[str, str | None]:

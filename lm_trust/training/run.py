@@ -220,7 +220,7 @@ def merge(run: Path, output: Path | None = None, best: bool = False) -> int:
 def _config_of(run: Path, *, check_files: bool = True) -> Config:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run folder (it has no config.yaml)")
-    return load_config(run / "config.yaml", check_files=check_files)
+    return load_config(run / "config.yaml", check_files=check_files, saved=True)
 
 
 def _restore(trainer: Trainer, checkpoints: Path) -> None:

@@ -96,7 +96,7 @@ class MinibatchAdam:
                 a tenth of their time is torch's keeping of versions and views.
 
         Raises:
-            ValueError: the policy's trainable parameters are not those of the steps before.
+            ValueError: the policy trains parameters that it did not at the first step.
         """
         reference = reference or ReferenceBudget(None, 0.0)
         parameters = trainable_parameters(policy)
@@ -188,8 +188,8 @@ class MinibatchAdam:
             if self._saved_optimizer is not None:
                 self._optimizer.load_state_dict(self._saved_optimizer)
                 self._saved_optimizer = None
-        known = self._optimizer.param_groups[0]["params"]
-        if len(known) != len(parameters) or any(a is not b for a, b in zip(known, parameters, strict=True)):
+        known = set(map(id, self._optimizer.param_groups[0]["params"]))
+        if not known.issuperset(map(id, parameters)):  # those that were frozen since are left where they are
             raise ValueError("the policy trains other parameters than those whose moments Adam holds: make a new rule")
         if self._anneal:
             self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 - progress)

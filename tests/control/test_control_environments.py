@@ -145,13 +145,24 @@ def test_an_observation_that_is_not_of_its_space_is_refused():
     refused(lambda: wrap(env), "environment Shaped", "shape ()")
 
 
-@pytest.mark.parametrize("shown", [np.float32([0.5]), np.zeros(4)], ids=["one number", "one too many"])
+@pytest.mark.parametrize(
+    "shown", [np.float32([0.5]), np.zeros(4), np.float32(0.5)], ids=["one number", "one too many", "a bare number"]
+)
 def test_an_observation_that_changes_its_shape_is_refused(shown):
     env = Shaped(spaces.Box(-1, 1, (3,)))
     environments = wrap(env)
     environments.step(np.array([0]))
     env.shown = shown
     refused(lambda: environments.step(np.array([0])), "environment Shaped", f"shape {shown.shape}", "(3,)")
+
+
+@pytest.mark.parametrize("shown", [0.5, np.float32(0.5), np.array(0.5)], ids=["float", "float32", "array"])
+def test_a_bare_number_is_an_observation_of_one(shown):
+    env = Shaped(spaces.Box(-1, 1, (1,)))
+    environments = wrap(env)
+    env.shown = shown
+    environments.step(np.array([0]))
+    assert environments.observations.tolist() == [[0.5]]
 
 
 @pytest.mark.parametrize("what, argument", [("observation", "nan_at"), ("reward", "nan_reward_at")])

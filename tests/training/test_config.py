@@ -591,15 +591,23 @@ def test_arguments_are_a_section(folder):
     ]
 
 
-def test_a_model_of_almost_a_folder_s_name_is_told_before_the_hub_is_asked(folder):
-    for name in ("my-llama", "models/reviewer-2", "gpt-2"):
-        os.makedirs(name)
-    for wrong, right in (("my-lama", "my-llama"), ("models/reviwer-2", "models/reviewer-2")):
-        assert problems("lm.yaml", ("model.path", wrong)) == [
-            f"command line: model.path: no model '{wrong}' here; did you mean {right}? (a hub id is written owner/name)"
-        ]
-    for name in ("gpt2", "distilgpt2", "owner/my-lama"):
+def test_the_bundled_model_misspelt_is_told_before_the_hub_is_asked(folder):
+    for wrong in ("smolm2-135m", "SmolLM2-135M"):
+        (problem,) = problems("lm.yaml", ("model.path", wrong))
+        assert problem.startswith(f"command line: model.path: no model '{wrong}' here; did you mean smollm2-135m?")
+
+
+def test_a_hub_id_is_no_slip_for_a_folder_of_another_size(folder):
+    os.makedirs("owner/model-1B")
+    for name in ("gpt2", "distilgpt2", "owner/model-3B", "owner/smolm2-135m"):
         assert lm(model__path=name).model.path == name
+
+
+def test_a_run_of_a_less_strict_version_can_still_be_looked_at(folder):
+    path = write("run.yaml", dump(lm(model__lora__r="64")).replace("adapter: null", "adapter: runs/sft/adapter"))
+    with pytest.raises(UserError, match=r"model\.lora: has no effect with model\.adapter"):
+        load_config(path, check_files=False)
+    assert load_config(path, check_files=False, saved=True).model.lora.r == 64
 
 
 def test_control_settings_must_go_together(folder):

@@ -594,8 +594,11 @@ def test_evaluate_prints_before_and_after(runs, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(run), "--count", "3"]) == 0
     out, err = capsys.readouterr()
-    assert "Held-out evaluation, 3 completions" in out and "before" in out and "after" in out and "perplexity" in out
+    assert "Held-out evaluation\n" in out and "before" in out and "after" in out and "perplexity" in out
+    assert ["completions", "4", "3"] in [line.split() for line in out.splitlines()]
     assert err == "" and max(map(len, out.splitlines())) <= 80
+    assert main(["evaluate", str(run), "--count", "4"]) == 0
+    assert "Held-out evaluation, 4 completions\n" in capsys.readouterr().out
     control = runs.train("control", "control", total_steps=64)
     capsys.readouterr()
     assert main(["evaluate", str(control)]) == 0

@@ -208,9 +208,21 @@ def test_a_rule_by_adam_serves_one_policy(name):
     with pytest.raises(ValueError, match="make a new rule"):
         rule.step(other, batch_for(other))
     assert torch.equal(vector_of(policy), before[0]) and torch.equal(vector_of(other), before[1])
+
+
+@pytest.mark.parametrize("name", BY_ADAM)
+def test_what_is_frozen_on_the_way_stays_and_what_is_set_free_is_refused(name):
+    rule, policy = RULES[name](), Policy()
+    rule.step(policy, batch_for(policy))
     policy.net[0].requires_grad_(False)
+    before = policy.net[0].weight.clone(), policy.net[2].weight.clone()
+    rule.step(policy, batch_for(policy, seed=2))
+    assert torch.equal(policy.net[0].weight, before[0]) and not torch.equal(policy.net[2].weight, before[1])
+    later = RULES[name]()
+    later.step(policy, batch_for(policy))
+    policy.net[0].requires_grad_(True)
     with pytest.raises(ValueError, match="make a new rule"):
-        rule.step(policy, batch_for(policy))
+        later.step(policy, batch_for(policy))
 
 
 class Failing(Policy):
