@@ -217,9 +217,8 @@ def cost_figures(runs: Groups, styles: Styles) -> list[dict[str, Any]]:
     }
     for (rule, _), members in runs.items():
         for run in members:
-            spent = [row["step_seconds"] for row in run if known(row.get("step_seconds"))]
-            if spent and rule not in untimed:
-                seconds.setdefault(rule, []).append(float(np.mean(spent)))
+            if rule not in untimed:
+                seconds.setdefault(rule, []).append(float(np.mean([row["step_seconds"] for row in run])))
             if known(run[-1].get("gradients")):
                 gradients.setdefault(rule, []).append(run[-1]["gradients"] / run[-1]["iteration"])
     bars = "Bars: the mean over the rule's runs, all knob values together; ticks: the least and the most of them."

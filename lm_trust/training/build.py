@@ -80,8 +80,8 @@ def _check_processes(config: Config) -> None:
             raise UserError(f"{key}: {count} {what} cannot be shared out among {process_count()} processes; raise it")
 
 
-def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None, int]:
-    """The model's tokenizer, how many positions the model has (None: no limit), and how many tokens it knows.
+def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None, int | None]:
+    """The model's tokenizer, how many positions the model has and how many tokens it knows (None: it does not say).
 
     The model is not loaded.
 

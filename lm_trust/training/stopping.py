@@ -13,16 +13,14 @@ from lm_trust.training.progress import REASONS
 
 # An iteration with nothing to learn from, all its rewards alike, is no failure: a sparse reward has many of them.
 NOTHING_TO_LEARN = "zero_gradient"
+CONTROL_ADVICE = "a smaller update.learning_rate, update.max_kl or critic.learning_rate"
 ADVICE = {
-    "non_finite": (
-        "a smaller update.learning_rate, update.max_kl or critic.learning_rate, or model.autocast bfloat16 or null"
-    ),
+    "non_finite": f"{CONTROL_ADVICE}, or model.autocast bfloat16 or null",
     "negative_curvature": "a larger update.damping",
     "kl_exceeded": "a larger update.max_backtracks or update.damping",
     "budget_exceeded": "a larger reference.budget, or a smaller update.max_kl or update.learning_rate",
     "no_improvement": "a larger rollout.batch_size or update.max_backtracks, or a smaller update.max_kl",
 }
-CONTROL_ADVICE = "a smaller update.learning_rate, update.max_kl or critic.learning_rate"
 
 
 @dataclass(frozen=True)
