@@ -77,7 +77,7 @@ def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Te
         scale: divide by the standard deviation; False is Dr. GRPO (Liu et al. 2025).
 
     Returns:
-        (B,) advantages; a group of equal scores gives zeros.
+        (B,) advantages; a group of equal scores gives zeros, one with a score that is not finite no number.
 
     Raises:
         ValueError: a group of fewer than two, or B not a multiple of the group.
@@ -99,8 +99,8 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     """x shifted and scaled to mean 0 and standard deviation 1 over True entries; masked entries become 0.
 
-    Finite for one valid item or zero variance (both give zeros). Over the entries of all processes, each of which
-    gives its own.
+    Finite for one valid item or zero variance (both give zeros); NaN where a valid item is not finite. Over the entries
+    of all processes, each of which gives its own.
     """
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
@@ -108,7 +108,8 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     count = summed(mask.sum())
     centred = torch.where(mask, valid - summed(valid.sum()) / count.clamp_min(1), 0.0)
     deviation = (summed(centred.square().sum()) / (count - 1).clamp_min(1)).sqrt()
-    return _divide_by_deviation(centred, deviation, largest(valid.abs().amax()))
+    white = _divide_by_deviation(centred, deviation, largest(valid.abs().amax()))
+    return torch.where(mask, white, 0.0)
 
 
 def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
@@ -128,7 +129,9 @@ def _grouped(scores: Tensor, group_size: int) -> Tensor:
 
 
 def _divide_by_deviation(centred: Tensor, deviation: Tensor, magnitude: Tensor) -> Tensor:
-    """centred / deviation, but zero where the deviation is only rounding of numbers of this magnitude."""
-    rounding = 10 * torch.finfo(centred.dtype).eps * magnitude
-    real = deviation > rounding
-    return torch.where(real, centred / torch.where(real, deviation, 1.0), 0.0)
+    """centred / deviation, but zero where the deviation is only rounding of numbers of this magnitude.
+
+    A deviation that is NaN is no rounding: it goes through, for whoever looks at the result to see.
+    """
+    flat = deviation <= 10 * torch.finfo(centred.dtype).eps * magnitude
+    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, deviation))

@@ -178,7 +178,7 @@ class Trainer:
         advantages, returns = estimate_advantages(self.advantage, rollout, scores["reward"], values, next_values)
         if self.adaptive_penalty is not None:
             metrics["reference_penalty"] = self.reference_penalty
-        offender = self._offender(rollout, scores | {"value": values, "advantage": advantages})
+        offender = self._offender(rollout, scores | {"value": values, "return": returns, "advantage": advantages})
         batch = None
         if offender is None:
             progress = self.iteration / self.iterations

@@ -271,6 +271,18 @@ def test_masked_whiten_is_finite_for_one_valid_item_and_for_no_variance(value):
         assert (white[mask].abs() < 1e-6).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_valid_item_that_is_not_finite_is_no_lack_of_variance(value):
+    x, mask = experience()[0], mask_of()
+    x[~mask] = value
+    assert masked_whiten(x, mask).isfinite().all()
+    x[mask] = torch.cat([torch.tensor([value]), x[mask][1:]])
+    white = masked_whiten(x, mask)
+    assert white[mask].isnan().all() and not white[~mask].any()
+    relative = group_relative(torch.tensor([1.0, value, 3.0, 1.0]), 2)
+    assert relative[:2].isnan().all() and relative[2:].isfinite().all()
+
+
 def test_a_flat_batch_is_accepted_by_the_masked_statistics():
     x, mask = experience()[0].flatten(), mask_of().flatten()
     assert masked_mean(x, mask).item() == pytest.approx(x[mask].mean().item())

@@ -12,7 +12,7 @@ from lm_trust.core.batch import Rollout
 from lm_trust.errors import UserError
 from lm_trust.training import trainer as module
 from lm_trust.training.config_language import AdaptivePenalty
-from lm_trust.training.config_learning import ReturnsToGo
+from lm_trust.training.config_learning import Gae, ReturnsToGo
 from lm_trust.training.critic import NoCritic
 from lm_trust.training.trainer import Trainer
 from lm_trust.updates import TRPO, PPOClip
@@ -77,9 +77,9 @@ class World:
         self.generator.set_state(state["generator"])
 
 
-def make(world=None, update=None, **settings):
+def make(world=None, update=None, advantage=None, **settings):
     world = world or World()
-    advantage = ReturnsToGo(gamma=1.0, whiten=False)
+    advantage = advantage or ReturnsToGo(gamma=1.0, whiten=False)
     return Trainer(Policy(), world, NoCritic(), update or TRPO(), advantage, iterations=10, **settings)
 
 
@@ -166,6 +166,33 @@ def test_without_a_penalty_the_rewards_are_untouched(monkeypatch):
     monkeypatch.setattr(module, "estimate_advantages", lambda *given: seen.append(given) or estimate(*given))
     trainer.iterate()
     assert seen[0][2] is seen[0][1].rewards
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("broken", ["successor", "sum"])
+def test_nothing_learns_from_returns_that_are_not_finite(broken, whiten, monkeypatch):
+    """Rewards and values are finite; a successor's value or the sum of large rewards is not."""
+    trainer = make(advantage=Gae(gamma=0.9, lam=0.95, whiten=whiten))
+    collect = trainer.task.collect
+
+    def spoilt(policy):
+        rollout = collect(policy)
+        rollout.truncated, rollout.terminated = rollout.terminated, rollout.truncated
+        if broken == "sum":
+            rollout.rewards[4] = 1.5e308
+        return rollout
+
+    successors = torch.zeros(B, T, dtype=torch.float64)
+    if broken == "successor":
+        successors[4, 3] = torch.nan
+    monkeypatch.setattr(trainer.task, "collect", spoilt)
+    monkeypatch.setattr(trainer.critic, "values", lambda rollout: (torch.zeros(B, T).double(), successors))
+    monkeypatch.setattr(trainer.critic, "start_fit", None)
+    monkeypatch.setattr(trainer.task, "describe", lambda *place: "row {1} step {2}".format(*place), raising=False)
+    line = trainer.iterate()
+    value = {"successor": "nan", "sum": "inf"}[broken]
+    assert (line["accepted"], line["reason"]) == (False, "non_finite")
+    assert line["offender"] == f"the return is {value} at row 4 step 0"
 
 
 RULES = {"trpo": TRPO, "ppo_clip": lambda: PPOClip(learning_rate=0.01, minibatches=2)}
