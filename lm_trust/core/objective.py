@@ -105,8 +105,8 @@ class SurrogateObjective:
         holdout_fraction: float = 0.0,
         microbatch_size: int | None = None,
     ) -> None:
-        if bounded and reference is None:
-            raise ValueError("a bound on the reference KL needs a reference distribution in the batch")
+        if (bounded or reference_loss) and reference is None:
+            raise ValueError("a weight or a bound of the reference KL needs a reference distribution in the batch")
         self.policy = policy
         self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
         if self.mask.shape != advantages.shape:

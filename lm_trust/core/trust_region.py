@@ -81,8 +81,8 @@ def trust_region_step(
         The report. Where it says not accepted, the parameters are bit-identical to before.
 
     Raises:
-        ValueError: a budget without a reference; a holdout that leaves no row on one side; or shapes of actions,
-            advantages and mask that do not belong together.
+        ValueError: a reference_loss or a budget without a reference; a holdout that leaves no row on one side; or
+            shapes of actions, advantages and mask that do not belong together.
     """
     parameters = trainable_parameters(policy)
     objective = SurrogateObjective(

@@ -153,6 +153,16 @@ def test_a_chunked_vocabulary_takes_the_same_step(make, monkeypatch):
     torch.testing.assert_close(moves[0], moves[1], rtol=0, atol=1e-7)
 
 
+@every_rule
+def test_a_reference_loss_without_a_reference_is_an_error(make):
+    policy = Policy()
+    before = vector_of(policy)
+    with pytest.raises(ValueError, match="needs a reference"):
+        make(reference_loss=0.1).step(policy, batch_for(policy))
+    assert torch.equal(vector_of(policy), before)
+    assert make(reference_loss=0.0).step(policy, batch_for(policy)).accepted
+
+
 @pytest.mark.parametrize("name", BY_ADAM)
 def test_the_reference_loss_and_budget_count_in_every_rule_by_adam(name):
     distances = {}

@@ -117,14 +117,6 @@ def test_a_strong_reference_loss_is_the_way_back_to_the_reference():
     assert measured_kl(policy, reference, batch).mean().item() < 0.5 * before
 
 
-def test_a_coefficient_changes_nothing_in_a_batch_without_a_reference():
-    policy, plain = Policy(), Policy()
-    batch = batch_for(policy)
-    TRPO().step(plain, batch)
-    TRPO(reference_loss=0.5).step(policy, batch)
-    assert torch.equal(vector_of(policy), vector_of(plain))
-
-
 def test_carries_nothing_of_a_policy_from_step_to_step():
     rule, policy, other = TRPO(), Policy(), Policy()
     rule.step(Policy(seed=5), batch_for(Policy(seed=5), seed=7))
