@@ -167,9 +167,10 @@ class ValueCritic:
 def explained_variance(returns: Tensor, values: Tensor) -> float | None:
     """The share of the variance of returns (N,) that values (N,) account for; None where there is no variance.
 
-    Over those of all processes.
+    What is only rounding of returns that are all alike is none. Over those of all processes.
     """
     returns, values = all_rows(returns), all_rows(values)
     variance = returns.var(unbiased=False).item()
     unexplained = (returns - values).var(unbiased=False).item()
-    return 1 - unexplained / variance if variance > 0 else None
+    rounding = 10 * torch.finfo(returns.dtype).eps * returns.abs().mean().item()
+    return 1 - unexplained / variance if variance > rounding**2 else None

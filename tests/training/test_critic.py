@@ -14,7 +14,7 @@ from lm_trust.control.rollout import ControlTask
 from lm_trust.core.batch import Rollout
 from lm_trust.core.seeding import make_generator
 from lm_trust.training.config_learning import Gae
-from lm_trust.training.critic import ValueCritic
+from lm_trust.training.critic import ValueCritic, explained_variance
 from lm_trust.training.trainer import Trainer
 from lm_trust.updates import TRPO
 
@@ -62,6 +62,17 @@ def test_values_of_states_and_successors():
 
 def test_constant_returns_explain_nothing():
     assert fit(ValueCritic(Line()), returns=torch.ones(2, 3))["explained_variance"] is None
+
+
+@pytest.mark.parametrize("level", [0.1, 0.7, -1e6])
+def test_the_rounding_of_equal_returns_is_no_variance(level):
+    values = level * torch.randn(999, generator=torch.Generator().manual_seed(0))
+    returns = torch.full((999,), level)
+    for each in (returns, returns - values + values):
+        assert explained_variance(each, values) is None
+    spread = returns + 1e-4 * values
+    assert explained_variance(spread, returns) == pytest.approx(0, abs=1e-3)
+    assert explained_variance(spread, spread) == 1
 
 
 def test_a_network_that_was_fitted_can_be_trained_by_others():
