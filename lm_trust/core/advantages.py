@@ -28,13 +28,14 @@ def gae(
         rewards, values: (B, T).
         next_values: (B, T), the value of the state that each action led to. At a truncation that is the value of the
             final observation, never of the observation after a reset; at a termination it is ignored.
-        terminated, truncated: (B, T) bool.
+        terminated, truncated: (B, T) bool, or numbers that are 0 or 1.
         gamma: discount.
         lam: trace decay; 0 gives one-step errors, 1 gives returns minus values.
 
     Returns:
         advantages and returns (advantages + values), each (B, T).
     """
+    terminated, truncated = terminated.bool(), truncated.bool()
     deltas = rewards + gamma * torch.where(terminated, torch.zeros_like(next_values), next_values) - values
     carry = gamma * lam * (~(terminated | truncated)).to(deltas.dtype)
     advantages = _discounted_sum(deltas, carry)
@@ -46,10 +47,10 @@ def returns_to_go(rewards: Tensor, ended: Tensor, *, gamma: float) -> Tensor:
 
     Args:
         rewards: (B, T).
-        ended: (B, T) bool, True at the last step of an episode.
+        ended: (B, T) bool or numbers, True or 1 at the last step of an episode.
         gamma: discount.
     """
-    return _discounted_sum(rewards, gamma * (~ended).to(rewards.dtype))
+    return _discounted_sum(rewards, gamma * ended.logical_not().to(rewards.dtype))
 
 
 def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
@@ -125,7 +126,7 @@ def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
 def _grouped(scores: Tensor, group_size: int) -> Tensor:
     if group_size < 2 or scores.numel() % group_size:
         raise ValueError(f"{scores.numel()} scores do not form groups of {group_size} (at least 2 a group)")
-    return scores.reshape(-1, group_size)
+    return scores.reshape(-1, group_size).to(torch.result_type(scores, 1.0))  # right or wrong may come as integers
 
 
 def _divide_by_deviation(centred: Tensor, deviation: Tensor, magnitude: Tensor) -> Tensor:

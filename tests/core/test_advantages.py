@@ -131,6 +131,15 @@ def test_returns_to_go_by_double_loop():
     torch.testing.assert_close(returns_to_go(rewards, ended, gamma=0.9), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_ends_may_be_zeros_and_ones(dtype):
+    *given, terminated, truncated = experience(6)
+    flags = terminated.to(dtype), truncated.to(dtype)
+    assert torch.equal(returns_to_go(given[0], flags[0], gamma=0.9), returns_to_go(given[0], terminated, gamma=0.9))
+    found, expected = (gae(*given, *each, gamma=0.9, lam=0.8) for each in (flags, (terminated, truncated)))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_gae_leaves_its_arguments_as_they_were():
     steps = experience(7)
     copies = [tensor.clone() for tensor in steps]
@@ -207,6 +216,13 @@ def test_a_batch_that_does_not_divide_into_groups_is_an_error():
     for estimator in (leave_one_out, group_relative):
         with pytest.raises(ValueError):
             estimator(torch.randn(5), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("estimator", [leave_one_out, group_relative])
+def test_scores_may_be_right_or_wrong(estimator, dtype):
+    right = torch.tensor([1, 0, 0, 1, 1, 1])
+    torch.testing.assert_close(estimator(right.to(dtype), 3), estimator(right.float(), 3))
 
 
 def test_leave_one_out_needs_another_sample():
