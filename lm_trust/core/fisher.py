@@ -103,7 +103,7 @@ class FisherOperator:
             product = self._product("gauss_newton", vector)
             self.method = "gauss_newton"
         except RuntimeError as error:
-            if not _forbids_second_derivative(error):
+            if not forbids_second_derivative(error):
                 raise
             self._kept.clear()
             product = self._product("finite_difference", vector)
@@ -220,6 +220,7 @@ def _kl_gradient(
     return torch.autograd.grad(total, parameters, create_graph=create_graph, materialize_grads=True)
 
 
-def _forbids_second_derivative(error: RuntimeError) -> bool:
-    message = str(error)
-    return NOT_TWICE in message or "not implemented" in message
+def forbids_second_derivative(error: RuntimeError) -> bool:
+    """Whether it says that a graph cannot be differentiated twice: in our words, a kernel's or torch.compile's."""
+    words = (NOT_TWICE, "not implemented", "double backward", "create_graph=False")
+    return any(each in str(error) for each in words)

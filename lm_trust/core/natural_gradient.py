@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lm_trust.core.batch import spread_rows
 from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_gradient
-from lm_trust.core.fisher import FisherOperator
+from lm_trust.core.fisher import FisherOperator, forbids_second_derivative
 from lm_trust.core.linearisation import knows_its_derivative
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.passes import is_sharded
@@ -70,7 +70,7 @@ def natural_gradient(
     if fisher_fraction < 1:
         rows = objective.placed.own(spread_rows(objective.placed.total, fisher_fraction))
     shared = rows if _can_share(objective.policy, fisher_method, len(objective.mask[rows]), microbatch_size) else None
-    gradient = objective.gradient(list(parameters), linearise=shared)
+    gradient, fisher_method = _gradient(objective, list(parameters), shared, fisher_method)
     gradient_norm = gradient.norm().item()
     known = {} if objective.reference_kl is None else {"reference_kl_after": objective.reference_kl}
     largest = gradient.abs().max()
@@ -120,6 +120,19 @@ def natural_gradient(
         report.reason = "negative_curvature"
         return None, report
     return NaturalGradient(gradient, largest.item(), unit, solved, solve), report
+
+
+def _gradient(
+    objective: SurrogateObjective, parameters: list[nn.Parameter], shared: slice | Tensor | None, fisher_method: str
+) -> tuple[Tensor, str]:
+    """The objective's gradient, sharing its passes where it can, and the Fisher method that is left."""
+    try:
+        return objective.gradient(parameters, linearise=shared), fisher_method
+    except RuntimeError as error:
+        if shared is None or fisher_method != "auto" or not forbids_second_derivative(error):
+            raise
+    # Not within the except: the error holds the graph that it came from.
+    return objective.gradient(parameters), "finite_difference"
 
 
 def _can_share(policy: nn.Module, fisher_method: str, rows: int, microbatch_size: int | None) -> bool:

@@ -155,6 +155,7 @@ class SurrogateObjective:
                 the microbatch size.
         """
         self._old, self._start, self.reference_kl, self.reference_gradient = [], 0.0, None, None
+        self.linearisation = self._linearised = None
         if linearise is not None:
             self._set_apart(linearise)
         totals: list[Tensor] = []

@@ -516,6 +516,50 @@ def test_a_holdout_leaves_rows_on_both_sides(fraction):
         trust_region_step(policy, *experience(policy), holdout_fraction=fraction)
 
 
+class Refusing(torch.autograd.Function):
+    """tanh whose backward pass refuses to be recorded."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.tanh(x))
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError("this kernel does not support double backward")
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+class Once(Discrete):
+    """A policy that can be differentiated once: compiled by torch, or by a kernel."""
+
+    def __init__(self, how):
+        super().__init__()
+        compiled = torch.compile(super().forward, backend="aot_eager") if how == "compiled" else None
+        self.once = compiled or (lambda observations: self.outer(Refusing.apply(self.inner(observations))))
+
+    def forward(self, observations):
+        return self.once(observations)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fisher_fraction": 0.5}, {"microbatch_size": 2}], ids=str)
+@pytest.mark.parametrize("how", ["compiled", "kernel"])
+def test_auto_takes_the_step_of_finite_differences_where_nothing_is_differentiated_twice(how, settings):
+    policies = [Once(how), Discrete()]
+    given = experience(policies[1])
+    reports = [
+        trust_region_step(policy, *given, mask=uneven_mask(), fisher_method=method, **settings)
+        for policy, method in zip(policies, ["auto", "finite_difference"], strict=True)
+    ]
+    one, other = (torch.cat([each.detach().flatten() for each in policy.parameters()]) for policy in policies)
+    assert reports[0].accepted and reports[0].step_kl == pytest.approx(reports[1].step_kl, rel=1e-6)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError):
+        trust_region_step(policies[0], *given, fisher_method="gauss_newton", **settings)
+
+
 def test_a_very_small_fisher_fraction_still_uses_a_row():
     policy = Discrete()
     report = trust_region_step(policy, *experience(policy), fisher_fraction=1e-6)
