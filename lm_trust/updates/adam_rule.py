@@ -87,7 +87,7 @@ class AdamRule:
             price=price,
             microbatch_size=self._microbatch_size,
         )
-        means = [sum(values) / len(seen) for values in zip(*seen, strict=True)]
+        means = [sum(values) / len(seen) for values in zip(*seen, strict=True)] or [0.0] * len(self._metrics)
         report.metrics = dict(zip(self._metrics, means, strict=True)) | report.metrics
         return report
 

@@ -83,6 +83,7 @@ class MinibatchAdam:
         From a start over the budget of the reference KL it is enough that this KL falls, and a move that brings it
         within is shortened to where it just is: a step on the KL alone, which is much steeper than the surrogate that
         Adam's scale comes from, would give up most of what has been learnt.
+        A batch without rows moves nothing.
 
         Args:
             policy, batch: as for every update rule.
@@ -114,6 +115,9 @@ class MinibatchAdam:
             bounded=reference.budget is not None,
             microbatch_size=microbatch_size,
         )
+        if not objective.placed.total:
+            metrics = {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": 0}
+            return StepReport(False, "zero_gradient", predicted_gain=None, metrics=metrics)
         if reference.budget is None:
             objective.start_from(batch.old)
             reference.begin(objective.reference_kl)

@@ -110,6 +110,18 @@ def test_a_number_that_is_not_finite_rejects_bit_for_bit(bad, make):
     assert rule.step(policy, batch_for(policy, seed=3)).accepted
 
 
+@every_rule
+@pytest.mark.parametrize("settings", [{}, {"reference_loss": 0.1}], ids=str)
+def test_a_batch_without_rows_moves_nothing(settings, make):
+    rule, policy = make(**settings), Policy()
+    batch = batch_for(policy, reference=Policy(seed=5))
+    rule.step(policy, batch)
+    before = vector_of(policy)
+    report = rule.step(policy, batch[:0])
+    assert (report.accepted, report.reason, report.step_kl) == (False, "zero_gradient", 0.0)
+    assert torch.equal(vector_of(policy), before)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_saved_and_continued_is_the_same_as_never_stopped(name):
     seed = {"seed": 4} if name in BY_ADAM else {}
