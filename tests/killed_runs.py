@@ -1,32 +1,23 @@
 """Runs of the command line in processes of their own that are killed, or whose disk fails, at a chosen moment.
 
-The processes are forks of a server that has imported everything, so that each takes a fraction of a second. A moment is
-the n-th time that a process is about to change something below a folder (open a file for writing, rename, make or
-remove one), which Python's audit hooks tell; what Rust writes (the tensors) lies between two of them.
+A moment is the n-th time that a process is about to change something below a folder (open a file for writing, rename,
+make or remove one), which Python's audit hooks tell; what Rust writes (the tensors) lies between two of them.
 """
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 
 import pandas as pd
+from forks import FORKS
 from safetensors.torch import load_file
 
 from lm_trust.training.checkpoint import load_checkpoint
 from lm_trust.training.config_yaml import write_yaml
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        *("pandas", "lm_trust.cli", "lm_trust.training.run", "lm_trust.training.plots"),
-        *(f"lm_trust.control.{name}" for name in ("environments", "normaliser", "policies", "rollout", "saving")),
-        *(f"lm_trust.lm.{name}" for name in ("loading", "rewards", "rollout", "saving")),
-    ]
-)
 # The shortest run that has everything: both normalisers, a critic with moments, evaluations, a best policy, videos not.
 CONTROL = {
     "total_steps": 4 * 2 * 16,

@@ -1,6 +1,5 @@
 """Real processes in one group (gloo), kept for a whole test module: each runs a function on its share of the work."""
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks import FORKS
 
 PATIENCE = 300  # seconds: processes that wait for each other do so for ever
 
@@ -17,11 +17,10 @@ class Workers:
     """`count` processes that wait for work; a context manager."""
 
     def __init__(self, count):
-        context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
