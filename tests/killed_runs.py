@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from forks import FORKS
 from safetensors.torch import load_file
 
+from lm_trust.compare.forked import FORKS
 from lm_trust.training.checkpoint import load_checkpoint
 from lm_trust.training.config_yaml import write_yaml
 

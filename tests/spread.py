@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from forks import FORKS
+
+from lm_trust.compare.forked import FORKS
 
 PATIENCE = 300  # seconds: processes that wait for each other do so for ever
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from lm_trust.compare import forked
 from lm_trust.compare.config import Cell
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump, load_config
@@ -92,9 +92,9 @@ def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -
                 for attempt in running:
                     attempt.process.terminate()
                 for attempt in running:
-                    attempt.process.wait()
+                    attempt.process.join()
                 return interruption.exit_status
-            for attempt in [attempt for attempt in running if attempt.process.poll() is not None]:
+            for attempt in [attempt for attempt in running if attempt.process.exitcode is not None]:
                 running.remove(attempt)
                 done += 1
                 tell(f"{done} of {len(cells)}: {_ended(attempt)}")
@@ -121,7 +121,7 @@ class _Attempt(NamedTuple):
     """
 
     cell: Cell
-    process: subprocess.Popen
+    process: BaseProcess
     started: float
     log_start: int
 
@@ -131,24 +131,18 @@ def _start(cell: Cell, jobs: int) -> _Attempt:
     _failure_file(cell).unlink(missing_ok=True)
     config = cell.folder.with_suffix(".yaml")
     config.write_text(dump(cell.config), encoding="utf-8")
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with _log(cell).open("ab") as log:
-        log_start = log.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lm_trust", "train", str(config), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": threads, **os.environ, "COLUMNS": "80"},
-            start_new_session=True,  # a Ctrl-C at the terminal reaches the runs once, through us
-        )
+    log = _log(cell)
+    log.touch()
+    log_start = log.stat().st_size
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    process = forked.start(["train", str(config), *options], log, threads=threads)
     return _Attempt(cell, process, time.monotonic(), log_start)
 
 
 def _ended(attempt: _Attempt) -> str:
     cell = attempt.cell
     minutes = f"{(time.monotonic() - attempt.started) / 60:.1f} min"
-    if attempt.process.returncode == 0 and is_finished(cell.folder):
+    if attempt.process.exitcode == 0 and is_finished(cell.folder):
         after = RunFolder(cell.folder).evaluation()["after"]
         kl = f" at {after['reference_kl']:.2f} nats" if "reference_kl" in after else ""
         return f"{cell.name}: {after['reward_mean']:.4g}{kl}, {minutes}"
@@ -159,7 +153,7 @@ def _ended(attempt: _Attempt) -> str:
 
 def _last_words(attempt: _Attempt) -> str:
     """The attempt's own error, or its last line."""
-    status = attempt.process.returncode
+    status = attempt.process.exitcode
     said = _log(attempt.cell).read_bytes()[attempt.log_start :].decode("utf-8", "replace")
     lines = [line.strip() for line in said.splitlines()]
     lines = [line for line in lines if line]

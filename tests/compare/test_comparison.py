@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,60 +300,40 @@ def test_an_update_is_judged_by_the_bound_that_was_in_force(files):
 
 def test_a_failed_cell_says_what_its_last_attempt_said(files, monkeypatch):
     """Its log holds the earlier ones as well."""
+    monkeypatch.syspath_prepend(files)
+    (files / "spoilt_simulator.py").write_text("def build(**settings):\n    raise MemoryError('no room for it')\n")
     cell = load(files).cells[0]
-    program = files / "program"
-    monkeypatch.setattr(sys, "executable", str(program))
-    for said, reason in (("error: no such environment", "no such environment"), ("MemoryError", "MemoryError")):
-        program.write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
-        program.chmod(0o755)
-        assert train_cells([cell], 1, lambda line: None) == 0
-        assert failure(cell) == reason
-    assert cell.folder.with_suffix(".log").read_text() == "error: no such environment\nMemoryError\n"
+    for name, reason in (("Spoilt-v0", "environment.id: "), ("spoilt_simulator:build", "MemoryError: no room")):
+        environment = cell.config.environment.model_copy(update={"id": name})
+        broken = replace(cell, config=cell.config.model_copy(update={"environment": environment}))
+        assert train_cells([broken], 1, lambda line: None) == 0
+        assert failure(cell).startswith(reason)
+    said = cell.folder.with_suffix(".log").read_text()
+    assert "error: environment.id: " in said and said.endswith("MemoryError: no room for it\n")
 
 
 def test_a_signal_ends_the_runs_with_checkpoints_and_the_same_command_goes_on(files):
-    command = [
-        sys.executable,
-        "-m",
-        "lm_trust",
-        "compare",
-        str(files / "comparison.yaml"),
-        "--output",
-        str(files / "out"),
-    ]
-    options = [
-        "--shared.total_steps",
-        "40000",
-        "--seeds",
-        "[0]",
-        "--rules.trpo.values",
-        "[0.01]",
-        "--one_update",
-        "null",
-    ]
-    process = subprocess.Popen(
-        [*command, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    metrics = files / "out/cells/trpo/0.01/seed0/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 4):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143, process.stderr.read()
+    options = [("shared.total_steps", "40000"), ("seeds", "[0]"), ("rules.trpo.values", "[0.01]")]
+    cell = load(files, *options).cells[0]
+    command = [word for key, value in options for word in (f"--{key}", value)]
+    metrics = cell.folder / "metrics.jsonl"
+
+    def stopped_after(lines):
+        """The exit status of the comparison, stopped by SIGTERM when the cell's metrics have so many lines."""
+
+        def stop():
+            while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop, daemon=True).start()
+        return compare(files, *command, "--one_update", "null")
+
+    assert stopped_after(5) == 143
     before = metrics.read_text()
     assert any((metrics.parent / "checkpoints").iterdir())
     report = json.loads((files / "out/report.json").read_text())
     assert [cell["status"] for cell in report["cells"]] == ["missing", "missing"]
-    cell = load(files, ("shared.total_steps", "40000"), ("seeds", "[0]"), ("rules.trpo.values", "[0.01]")).cells[0]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
-    while metrics.read_text().count("\n") <= before.count("\n"):
-        assert time.monotonic() < deadline + 60 and process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    process.wait(60)
+    assert stopped_after(before.count("\n") + 1) == 143
     assert metrics.read_text().startswith(before)
     assert [row["iteration"] for row in read_cell(cell).rows][:6] == [1, 2, 3, 4, 5, 6]
