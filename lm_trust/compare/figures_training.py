@@ -178,7 +178,7 @@ def _broken(report: Line, rule: str, value: Any) -> str:
 
 
 def predicted_figure(runs: Groups, styles: Styles) -> dict[str, Any]:
-    """The quadratic model's gain beside the gain of the step that was taken."""
+    """The linear model's gain beside the gain of the step that was taken."""
     data: list[Trace] = []
     seen: list[float] = []
     for rule, style in styles.items():

@@ -18,8 +18,9 @@ from lm_trust.core.distributions import (
     kl_estimators,
 )
 from lm_trust.core.fisher import FisherOperator
+from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import clipped_surrogate, clipped_value_loss
-from lm_trust.core.trust_region import StepReport, trust_region_step
+from lm_trust.core.trust_region import trust_region_step
 
 __all__ = [
     "Batch",

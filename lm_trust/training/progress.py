@@ -3,7 +3,7 @@
 Both show the same columns of `metrics.jsonl`: reward, step KL against its bound, reference KL (language) or environment
 steps (control), speed, and whether the step was accepted or why not.
 
-    with Progress(30, bounds=0.02, world="language") as progress:
+    with Progress(30, step_kl_bound=0.02, world="language") as progress:
         for metrics in ...:
             progress.update(metrics)
 """
@@ -58,8 +58,8 @@ class Progress:
 
     Args:
         total_iterations: N; the `iteration` of the last line of metrics.
-        bounds: the update rule's bound on the step KL in nats per step, where a line does not tell its own (`max_kl`);
-            None where it has none.
+        step_kl_bound: the update rule's in nats per step, where a line does not tell its own (`max_kl`); None where it
+            has none.
         world: "language" or "control".
         console: where to write; standard output by default.
         completed: iterations done before this session, for a resumed run.
@@ -69,7 +69,7 @@ class Progress:
         self,
         total_iterations: int,
         *,
-        bounds: float | None,
+        step_kl_bound: float | None,
         world: World,
         console: Console | None = None,
         completed: int = 0,
@@ -77,7 +77,7 @@ class Progress:
         self.total_iterations = total_iterations
         self.console = console or Console()
         self._iteration = completed
-        self._bound = bounds
+        self._bound = step_kl_bound
         self._columns = self._language_columns() if world == "language" else self._control_columns()
         # Rebound, never mutated: the display's own thread reads it.
         self._recent: tuple[Mapping[str, Any], ...] = ()

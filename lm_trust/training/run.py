@@ -260,7 +260,7 @@ def _iterate(
     tables = config.completions if isinstance(config, LanguageConfig) else CompletionTable(every=0)
     with Progress(
         trainer.iterations,
-        bounds=world.step_kl_bound,
+        step_kl_bound=world.step_kl_bound,
         world=world.kind,
         console=console,
         completed=trainer.iteration,

@@ -18,7 +18,7 @@ from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.parameters import trainable_parameters
 from lm_trust.core.processes import gathered, mean, placed_rows, require_alike
-from lm_trust.core.trust_region import StepReport
+from lm_trust.core.report import StepReport
 from lm_trust.training.config_language import AdaptivePenalty, Mismatch
 from lm_trust.training.critic import Critic
 from lm_trust.training.estimation import AdvantageConfig, estimate_advantages

@@ -9,7 +9,8 @@ from torch import nn
 
 from lm_trust.core.batch import Batch
 from lm_trust.core.preconditioner import Preconditioner
-from lm_trust.core.trust_region import StepReport, trust_region_step
+from lm_trust.core.report import StepReport
+from lm_trust.core.trust_region import trust_region_step
 
 
 @dataclass

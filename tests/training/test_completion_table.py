@@ -169,7 +169,7 @@ def test_on_a_terminal_it_scrolls_by_above_the_display():
             return True
 
     console = Console(file=Terminal(), width=80, height=30, force_terminal=True, _environ={"TERM": "xterm"})
-    with Progress(3, bounds=None, world="language", console=console) as progress:
+    with Progress(3, step_kl_bound=None, world="language", console=console) as progress:
         progress.update({"iteration": 1})
         show_completions(1, SAMPLES, 1, console)
         progress.update({"iteration": 2})

@@ -28,18 +28,18 @@ def line(iteration, **changes):
     } | changes
 
 
-def plain(total, lines, *, bounds=0.02, world="language"):
+def plain(total, lines, *, step_kl_bound=0.02, world="language"):
     file = io.StringIO()
-    with Progress(total, bounds=bounds, world=world, console=Console(file=file)) as progress:
+    with Progress(total, step_kl_bound=step_kl_bound, world=world, console=Console(file=file)) as progress:
         for metrics in lines:
             progress.update(metrics)
     return file.getvalue().splitlines()
 
 
-def display(progress_lines, *, total=30, bounds=0.02, world="language", width=80):
+def display(progress_lines, *, total=30, step_kl_bound=0.02, world="language", width=80):
     file = io.StringIO()
     console = Console(file=file, width=width, height=24, _environ={})
-    progress = Progress(total, bounds=bounds, world=world, console=console)
+    progress = Progress(total, step_kl_bound=step_kl_bound, world=world, console=console)
     for metrics in progress_lines:
         progress.update(metrics)
     file.truncate(0)
@@ -109,28 +109,28 @@ def test_an_annealed_bound_is_shown_as_it_was_in_force():
 
 
 def test_a_rule_without_a_bound_shows_none():
-    heading, first = plain(49, [line(1)], bounds=None)
+    heading, first = plain(49, [line(1)], step_kl_bound=None)
     assert "/ bound" not in heading and "0.0192 " in first and "/" not in first
 
 
 @pytest.mark.parametrize("world", ["language", "control"])
-@pytest.mark.parametrize("bounds", [None, 0.0123456])
-def test_plain_lines_are_short_ascii_and_without_control_codes_whatever_the_numbers(world, bounds):
-    lines = plain(5, ODD, bounds=bounds, world=world)
+@pytest.mark.parametrize("step_kl_bound", [None, 0.0123456])
+def test_plain_lines_are_short_ascii_and_without_control_codes_whatever_the_numbers(world, step_kl_bound):
+    lines = plain(5, ODD, step_kl_bound=step_kl_bound, world=world)
     assert len(lines) == 1 + len(ODD)
     assert all(text.isascii() and text.isprintable() and len(text) < 100 for text in lines)
 
 
 def test_a_file_taken_for_a_terminal_still_gets_plain_lines():
     file = io.StringIO()
-    with Progress(2, bounds=0.02, world="language", console=Console(file=file, force_terminal=True)) as progress:
+    with Progress(2, step_kl_bound=0.02, world="language", console=Console(file=file, force_terminal=True)) as progress:
         progress.update(line(1))
     assert "\x1b" not in file.getvalue() and len(file.getvalue().splitlines()) == 2
 
 
 def test_a_plain_line_is_flushed_at_once(tmp_path):
     with open(tmp_path / "log", "w", buffering=1 << 16) as file:
-        progress = Progress(2, bounds=0.02, world="language", console=Console(file=file))
+        progress = Progress(2, step_kl_bound=0.02, world="language", console=Console(file=file))
         progress.update(line(1))
         assert "0.0192" in (tmp_path / "log").read_text()
 
@@ -167,7 +167,7 @@ def test_time_left_is_the_median_times_what_remains():
 def test_messages_are_text_not_markup_and_survive_a_poor_encoding():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    with Progress(2, bounds=0.02, world="language", console=Console(file=file)) as progress:
+    with Progress(2, step_kl_bound=0.02, world="language", console=Console(file=file)) as progress:
         progress.message("see [bold]runs/a[/bold] :smile: é " + "x" * 200)
     assert raw.getvalue().decode().splitlines() == ["see [bold]runs/a[/bold] :smile: \\xe9 " + "x" * 200]
 
@@ -222,7 +222,7 @@ def run_on_a_terminal(use):
     with os.fdopen(slave, "w", encoding="utf-8") as file:
         console = Console(file=file, _environ=TERMINAL)
         try:
-            with Progress(3, bounds=0.02, world="language", console=console) as progress:
+            with Progress(3, step_kl_bound=0.02, world="language", console=console) as progress:
                 use(progress)
         except (RuntimeError, KeyboardInterrupt) as caught:
             error = caught
