@@ -164,7 +164,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from lm_trust.training.config_file import load_config
 
     run = _run_folder(parsed.run)
-    load_config(run / "config.yaml")  # here, so that a wrong file is told before anything heavy is imported
+    load_config(run / "config.yaml", saved=True)  # here: a wrong file is told before anything heavy is imported
 
     from lm_trust.training.run import evaluate
 

@@ -361,6 +361,17 @@ def test_evaluate(calls, capsys):
     assert "expected a whole number of 1 or more, got '0'" in line
 
 
+def test_a_run_of_a_version_that_was_less_strict_can_be_evaluated(calls, capsys):
+    saved = make_run("runs/first", "control.yaml") / "config.yaml"
+    text = saved.read_text()
+    saved.write_text(text.replace("minibatches: 4", "minibatches: 5"))
+    assert saved.read_text() != text
+    assert main(["evaluate", "runs/first"]) == 0
+    saved.write_text(text.replace("total_steps: 1000", "total_steps: 0"))  # what it could never be
+    (line,) = refused(capsys, "evaluate", "runs/first")
+    assert "total_steps" in line
+
+
 def test_generate(calls, capsys):
     run = make_run("runs/first", "lm.yaml")
     Path("prompts.jsonl").unlink()  # not needed any more
