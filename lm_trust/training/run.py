@@ -297,15 +297,26 @@ def _iterate(
                 return
             if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
                 try:
-                    record = trainer.task.evaluate(trainer.policy, config.evaluation.count)
-                    if recorder is not None:
-                        recorder.evaluation(record)
-                        film_iteration(config, world, folder.path)
-                except UserError as error:
+                    _evaluate(config, world, folder, recorder)
+                except Exception as error:
                     _save(config, world, folder)
-                    raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
+                    if isinstance(error, UserError):
+                        raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
+                    raise
             if _due(config.checkpoint.every, trainer.iteration, trainer.iterations):
                 _save(config, world, folder)
+
+
+def _evaluate(config: Config, world: World, folder: RunFolder, recorder: Recorder | None) -> None:
+    """A periodic evaluation; what fails where the first process notes and films it fails in all of them."""
+    trainer = world.trainer
+    record = trainer.task.evaluate(trainer.policy, config.evaluation.count)
+
+    def note() -> None:
+        recorder.evaluation(record)
+        film_iteration(config, world, folder.path)
+
+    in_the_first(note)
 
 
 def _ended_before(folder: RunFolder, stopping: Stopping) -> Ending | None:

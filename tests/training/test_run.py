@@ -67,6 +67,23 @@ class Breaking(gymnasium.Env):
 
     def step(self, action):
         raise ArithmeticError("the motor is off")
+
+class Fleeting(Breaking):
+    # Of two the first is for training; the other one breaks in its third evaluation, each of which resets it twice.
+    made = 0
+
+    def __init__(self):
+        Fleeting.made += 1
+        self.evaluated, self.episodes = Fleeting.made % 2 == 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episodes += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.evaluated and self.episodes > 5:
+            raise ConnectionError("the simulator is gone")
+        return np.ones(1, np.float32), 1.0, True, False, {}
 """
 MODULES = {"tiny_rewards": REWARDS, "tiny_worlds": ENVIRONMENTS}
 LANGUAGE = {
@@ -369,6 +386,18 @@ def test_an_environment_that_breaks_keeps_its_traceback_and_the_run_a_checkpoint
     with pytest.raises(ArithmeticError, match="motor"):
         main(["train", str(config)])
     assert runs.state(runs.folder / "run")["iteration"] == 0
+
+
+def test_an_environment_that_breaks_in_an_evaluation_keeps_its_traceback_and_the_run_a_checkpoint(runs):
+    sections = {"environment": {"id": "tiny_worlds:Fleeting", "count": 1}, "checkpoint": {"every": 0}}
+    config = runs.write("run", "control", evaluation={"every": 1, "count": 1}, **sections)
+    with pytest.raises(ConnectionError, match="simulator"):
+        main(["train", str(config)])
+    run = runs.folder / "run"
+    assert runs.state(run)["iteration"] == 3
+    assert (run / "policy.safetensors").is_file()
+    runs.resume(run, "--evaluation.every", "0")
+    assert [line["iteration"] for line in runs.metrics(run)] == list(range(1, 9))
 
 
 def test_a_control_run_that_can_never_learn_again_ends_with_a_checkpoint_and_advice(runs, capsys):
