@@ -33,10 +33,7 @@ class Recorder:
         self._trainer, self._folder = world.trainer, folder
         self._control = isinstance(config, ControlConfig)
         if self._trainer.iteration < self._trainer.iterations:
-            # A finished run that is made longer: what was noted of its end is of a policy that is no longer the last.
-            noted = folder.evaluation()
-            if noted.pop("after", None) is not None:
-                folder.write_evaluation(noted)
+            self._go_on_from_the_end()
         self._best = Best(folder, world.save_policy, resumed=resumed)
         self._monitor = None
         if isinstance(config, ControlConfig):
@@ -86,6 +83,15 @@ class Recorder:
     def evaluation_line(self, record: dict[str, Any]) -> dict[str, Any]:
         """An evaluation as a line of evaluations.jsonl: where it stands, and its numbers of all samples or episodes."""
         return {key: value for key, value in self._located(record).items() if key not in ("samples", "returns")}
+
+    def _go_on_from_the_end(self) -> None:
+        """Where a finished run is made longer, the evaluation of its end is one of its course from now on."""
+        after = self._folder.evaluation().get("after")
+        if after is None:
+            return
+        if self._trainer.iteration not in [line["iteration"] for line in self._folder.evaluations()]:
+            self._folder.append_evaluation(self.evaluation_line(after))
+        self._folder.forget_end()
 
     def _located(self, record: dict[str, Any]) -> dict[str, Any]:
         return {"iteration": self._trainer.iteration, "steps": self._trainer.task.steps, **record}

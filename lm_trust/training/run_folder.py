@@ -105,7 +105,9 @@ class RunFolder:
         return self._lines("evaluations.jsonl")
 
     def forget_after(self, iteration: int) -> None:
-        """Drop the lines and the tables of iterations that a resumed run will do again."""
+        """Drop the lines, the tables and the end of iterations that a resumed run will do again."""
+        if any(line["iteration"] > iteration for line in self.metrics()):
+            self.forget_end()  # before the lines, which tell whose end it was
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             kept = [line for line in self._lines(name) if line["iteration"] <= iteration]
             if (self.path / name).exists():
@@ -118,6 +120,12 @@ class RunFolder:
         """evaluation.json, empty where there is none yet."""
         path = self.path / "evaluation.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def forget_end(self) -> None:
+        """Drop the evaluation after training."""
+        noted = self.evaluation()
+        if noted.pop("after", None) is not None:
+            self.write_evaluation(noted)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """evaluation.json, whole or not at all."""

@@ -11,7 +11,12 @@ from tiny_models import write_model
 
 from lm_trust.cli import main
 from lm_trust.control.rollout import ControlTask
+from lm_trust.training.build import build_world
+from lm_trust.training.checkpoint import load_checkpoint
+from lm_trust.training.config_file import load_config
 from lm_trust.training.config_yaml import write_yaml
+from lm_trust.training.recording import Recorder
+from lm_trust.training.run_folder import RunFolder
 
 SHORT = {"evaluation": {"every": 1, "count": 2}, "checkpoint": {"every": 1, "keep_last": 9}}
 CONTROL = {
@@ -120,6 +125,28 @@ def test_a_finished_run_can_be_resumed_and_made_longer(run):
     assert shown(run, "time/steps") == [(step, step) for step in range(128, 641, 128)]
     # The evaluation that was the last one stays where it was made.
     assert [step for step, _ in shown(run, "evaluation/reward_mean")] == list(range(128, 641, 128))
+    assert [step for step, _ in evaluations(run)] == list(range(128, 641, 128))
+    check(run)
+
+
+def test_the_end_of_iterations_that_are_done_again_is_not_that_of_the_checkpoint(run):
+    shutil.rmtree(run / "checkpoints" / "00000004")
+    (run / "evaluations.jsonl").unlink()
+    assert main(["train", "--resume", str(run), "--total_steps", "640"]) == 0
+    assert [line["iteration"] for line in lines(run / "evaluations.jsonl")] == [4]
+
+
+def test_a_run_that_is_stopped_while_it_is_made_longer_notes_its_old_end_once(run):
+    end = run / "evaluation.json"
+    noted = end.read_text()
+    for _ in range(2):
+        end.write_text(noted)  # as where a kill came before it was forgotten
+        world = build_world(load_config(run / "config.yaml", [("total_steps", "640")]))
+        world.trainer.load_state_dict(load_checkpoint(run / "checkpoints"))
+        with Recorder(load_config(run / "config.yaml"), world, RunFolder(run), resumed=True):
+            pass
+        world.trainer.task.close()
+    assert [line["iteration"] for line in lines(run / "evaluations.jsonl")] == [1, 2, 3, 4]
 
 
 def test_trackers_can_be_left_out_and_taken_up_again(run, tmp_path):
