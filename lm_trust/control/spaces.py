@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,8 @@ def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[
     """How an observation becomes a vector: a `Box` is flattened, a `Discrete` one becomes one-hot.
 
     Returns:
-        The length of the vector, and the function that makes it; None where an observation already is one.
+        The length of the vector, and the function that makes it; None where an observation already is one. The function
+        raises a UserError for a number that is not in a `Discrete` space.
 
     Raises:
         UserError: any other space; the message names the environment and the space.
@@ -91,9 +93,32 @@ def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[
             return space.shape[0], None
         return int(np.prod(space.shape)), np.ravel
     if isinstance(space, spaces.Discrete):
-        rows, start = np.eye(int(space.n), dtype=np.float32), int(space.start)
-        return int(space.n), lambda observation: rows[observation - start]
+        return int(space.n), _one_hot(space, name)
     raise UserError(
         f"environment {name}: the observation space {space} is not supported; supported are Box and Discrete "
         "(wrap it in gymnasium.wrappers.FlattenObservation)"
     )
+
+
+def _one_hot(space: spaces.Discrete, name: str) -> Callable[[Any], np.ndarray]:
+    size, start = int(space.n), int(space.start)
+
+    def encode(observation: Any) -> np.ndarray:
+        try:
+            index = operator.index(observation) - start
+        except TypeError:
+            index = -1
+        if not 0 <= index < size:  # numpy would take a negative one for another state, without a word
+            raise UserError(
+                f"environment {name}: an observation is {_in_line(observation)} ({type(observation).__name__}), "
+                f"its space says {space}"
+            )
+        row = np.zeros(size, np.float32)
+        row[index] = 1.0
+        return row
+
+    return encode
+
+
+def _in_line(value: Any) -> str:
+    return " ".join(str(value).split())

@@ -74,6 +74,31 @@ def test_a_discrete_observation_becomes_one_hot():
     assert environments.observations.tolist() == [[1, 0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    "shown, words",
+    [
+        (np.int64(2), "2 (int64)"),  # numpy would show the last state
+        (7, "7 (int)"),
+        (3.0, "3.0 (float)"),
+        (np.array([[3], [4]]), "[[3] [4]] (ndarray)"),
+        ("first", "first (str)"),
+    ],
+    ids=["below", "beyond", "float", "array", "text"],
+)
+def test_a_discrete_observation_that_is_not_in_its_space_is_refused(shown, words):
+    space = spaces.Discrete(4, start=3)
+    refused(lambda: wrap(Shaped(space, shown=shown)), f"environment Shaped: an observation is {words}, its space says")
+    environments = wrap(Shaped(space, shown=3))
+    environments.envs[0].shown = shown
+    refused(lambda: environments.step(np.zeros(1, np.int64)), "Shaped", words, "Discrete(4, start=3)")
+
+
+def test_a_discrete_observation_takes_no_more_memory_than_it_has_numbers():
+    environments = wrap(Shaped(spaces.Discrete(200_000), shown=199_999))
+    assert environments.observations.shape == (1, 200_000)
+    assert environments.observations.sum() == environments.observations[0, -1] == 1
+
+
 def test_an_observation_of_several_dimensions_is_flattened():
     environments = wrap(Shaped(spaces.Box(-1, 9, (2, 3), np.float64), shown=np.arange(6.0).reshape(2, 3)))
     assert environments.observations.tolist() == [[0, 1, 2, 3, 4, 5]]
