@@ -69,7 +69,7 @@ def action_space(space: spaces.Space, name: str) -> ActionSpace:
     if isinstance(space, spaces.Box) and one_dimensional and np.issubdtype(space.dtype, np.floating):
         return ActionSpace("continuous", space.shape[0], low=space.low, high=space.high)
     raise UserError(
-        f"environment {name}: the action space {space} is not supported; "
+        f"environment {name}: the action space {_in_line(space)} is not supported; "
         "supported are Discrete, and one-dimensional MultiDiscrete, MultiBinary and Box of floats"
     )
 
@@ -95,7 +95,7 @@ def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[
     if isinstance(space, spaces.Discrete):
         return int(space.n), _one_hot(space, name)
     raise UserError(
-        f"environment {name}: the observation space {space} is not supported; supported are Box and Discrete "
+        f"environment {name}: the observation space {_in_line(space)} is not supported; supported are Box and Discrete "
         "(wrap it in gymnasium.wrappers.FlattenObservation)"
     )
 

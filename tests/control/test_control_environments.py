@@ -49,6 +49,7 @@ def refused(call, *words):
     "space",
     [
         spaces.MultiDiscrete([[2, 3]]),
+        spaces.MultiDiscrete([[2, 3], [4, 5]]),  # its text has two lines
         spaces.MultiBinary([2, 2]),
         spaces.Box(-1, 1, (2, 2)),
         spaces.Box(0, 9, (2,), np.int64),
@@ -64,6 +65,7 @@ def test_an_unsupported_action_space_is_refused_by_name(space):
 def test_an_unsupported_observation_space_is_refused_by_name():
     env = Shaped(spaces.Dict({"a": spaces.Discrete(2)}))
     refused(lambda: wrap(env), "environment Shaped", "observation space Dict", "FlattenObservation")
+    refused(lambda: wrap(Shaped(spaces.MultiDiscrete([[2, 3], [4, 5]]))), "MultiDiscrete([[2 3] [4 5]])")
 
 
 def test_a_discrete_observation_becomes_one_hot():
