@@ -69,7 +69,7 @@ def action_space(space: spaces.Space, name: str) -> ActionSpace:
     if isinstance(space, spaces.Box) and one_dimensional and np.issubdtype(space.dtype, np.floating):
         return ActionSpace("continuous", space.shape[0], low=space.low, high=space.high)
     raise UserError(
-        f"environment {name}: the action space {_in_line(space)} is not supported; "
+        f"environment {name}: the action space {in_line(space)} is not supported; "
         "supported are Discrete, and one-dimensional MultiDiscrete, MultiBinary and Box of floats"
     )
 
@@ -95,7 +95,7 @@ def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[
     if isinstance(space, spaces.Discrete):
         return int(space.n), _one_hot(space, name)
     raise UserError(
-        f"environment {name}: the observation space {_in_line(space)} is not supported; supported are Box and Discrete "
+        f"environment {name}: the observation space {in_line(space)} is not supported; supported are Box and Discrete "
         "(wrap it in gymnasium.wrappers.FlattenObservation)"
     )
 
@@ -109,10 +109,7 @@ def _one_hot(space: spaces.Discrete, name: str) -> Callable[[Any], np.ndarray]:
         except TypeError:
             index = -1
         if not 0 <= index < size:  # numpy would take a negative one for another state, without a word
-            raise UserError(
-                f"environment {name}: an observation is {_in_line(observation)} ({type(observation).__name__}), "
-                f"its space says {space}"
-            )
+            raise UserError(f"environment {name}: an observation is {described(observation)}, its space says {space}")
         row = np.zeros(size, np.float32)
         row[index] = 1.0
         return row
@@ -120,5 +117,11 @@ def _one_hot(space: spaces.Discrete, name: str) -> Callable[[Any], np.ndarray]:
     return encode
 
 
-def _in_line(value: Any) -> str:
+def described(value: Any) -> str:
+    """What an environment gave instead of what it should have given: value and type, in a line."""
+    return f"{in_line(value)} ({type(value).__name__})"
+
+
+def in_line(value: Any) -> str:
+    """Its text without line breaks, as arrays and the spaces that hold some have."""
     return " ".join(str(value).split())

@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from lm_trust.control.spaces import action_space, observation_encoder
+from lm_trust.control.spaces import action_space, described, in_line, observation_encoder
 from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
@@ -102,8 +102,8 @@ class Environments:
             rows: step these environments only; the others' entries in the result are zero, and not valid.
 
         Raises:
-            UserError: an observation has another shape than its space says; or it or a reward is not finite, which
-                names the environment, the copy and the step.
+            UserError: an observation has another shape than its space says; a reward is no number; or one of them is
+                not finite, which names the environment, the copy and the step.
         """
         if self._cursor == len(self._log):
             self._make_room()
@@ -118,7 +118,13 @@ class Environments:
         valid = np.zeros(self.count, bool)
         valid[slice(None) if rows is None else list(rows)] = True
         for row in range(self.count) if rows is None else rows:
-            observation, rewards[row], terminated[row], truncated[row], _ = self._step_functions[row](given[row])
+            observation, reward, terminated[row], truncated[row], _ = self._step_functions[row](given[row])
+            try:
+                rewards[row] = reward
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"environment {self.name}: a reward is {described(reward)}, not a number; return float(reward)"
+                ) from None
             encoded = observation if encode is None else encode(observation)
             try:
                 length = len(encoded)
@@ -126,7 +132,10 @@ class Environments:
                 length = 1
             if length != size:  # numpy would repeat a single number without a word
                 raise self._misshapen(row, observation)
-            observations[row] = encoded
+            try:
+                observations[row] = encoded
+            except (TypeError, ValueError):
+                raise self._misshapen(row, observation) from None
         # A sum of squares is the cheapest look at every number; where it overflows, the exact check decides.
         if not math.isfinite(np.vdot(observations, observations) + np.vdot(rewards, rewards)):
             self._require_finite(observations, "observation")
@@ -211,7 +220,7 @@ class Environments:
     def _misshapen(self, row: int, observation: Any) -> UserError:
         return UserError(
             f"environment {self.name}: an observation has shape {np.shape(observation)}, "
-            f"its space says {self.envs[row].observation_space}"
+            f"its space says {in_line(self.envs[row].observation_space)}"
         )
 
     def _replay(self, row: int, actions: np.ndarray) -> np.ndarray:

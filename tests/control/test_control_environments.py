@@ -173,7 +173,9 @@ def test_an_observation_that_is_not_of_its_space_is_refused():
 
 
 @pytest.mark.parametrize(
-    "shown", [np.float32([0.5]), np.zeros(4), np.float32(0.5)], ids=["one number", "one too many", "a bare number"]
+    "shown",
+    [np.float32([0.5]), np.zeros(4), np.float32(0.5), np.zeros((3, 1))],
+    ids=["one number", "one too many", "a bare number", "a column"],
 )
 def test_an_observation_that_changes_its_shape_is_refused(shown):
     env = Shaped(spaces.Box(-1, 1, (3,)))
@@ -190,6 +192,13 @@ def test_a_bare_number_is_an_observation_of_one(shown):
     env.shown = shown
     environments.step(np.array([0]))
     assert environments.observations.tolist() == [[0.5]]
+
+
+def test_a_reward_that_is_no_number_is_refused():
+    env = Shaped(spaces.Box(-1, 1, (3,)))
+    env.step = lambda action: (env.shown, np.array([1.0, 2.0]), False, False, {})
+    environments = wrap(env)
+    refused(lambda: environments.step(np.array([0])), "environment Shaped", "[1. 2.] (ndarray), not a number")
 
 
 @pytest.mark.parametrize("what, argument", [("observation", "nan_at"), ("reward", "nan_reward_at")])
