@@ -27,7 +27,7 @@ class Rule(Section):
         default_factory=dict, description="other sections that differ, for comparisons of details; the page names them"
     )
     knob: Name | None = Field(None, description="dotted key that is swept; null: there is one run a seed")
-    values: list[Rate] = Field(default_factory=list, description="what the knob is set to")
+    values: list[float] = Field(default_factory=list, description="what the knob is set to")
 
 
 class Limit(Section):
@@ -42,7 +42,7 @@ class OneUpdate(Section):
 
     iterations_before: Count = Field(3, description="iterations of the first rule that lead to the checkpoint")
     evaluations: Positive = Field(96, description="held-out completions or episodes, before and after")
-    values: dict[Name, list[Rate]] = Field(
+    values: dict[Name, list[float]] = Field(
         default_factory=dict, description="values of a rule's knob here; a rule that is not named has those of its runs"
     )
 

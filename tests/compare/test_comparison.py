@@ -79,9 +79,23 @@ def test_every_rule_runs_with_every_value_and_seed_and_differs_in_nothing_else(f
     assert [candidate.value for candidate in comparison.candidates] == [0.01, 0.001]
 
 
+def test_a_knob_has_the_values_of_its_key(files):
+    pendulum = [("shared.environment", "{id: Pendulum-v1}"), ("one_update", "null")]
+    for knob, values in (("policy.log_std", [-1.0, 0.0]), ("rollout.steps", [10.0, 20.0])):
+        cells = load(files, *pendulum, ("rules.trpo.knob", knob), ("rules.trpo.values", str(values))).cells
+        section, key = knob.split(".")
+        assert [getattr(getattr(cell.config, section), key) for cell in cells[:2]] == values
+        assert cells[0].folder.parent.name == f"{values[0]:g}"
+    study = [("rules.ppo_clip.knob", "update.entropy"), ("rules.ppo_clip.values", "[0, 0.01]")]
+    comparison = load(files, *study, ("one_update.values", "{ppo_clip: [0.0]}"))
+    assert comparison.candidates[-1].config.update.entropy == 0.0
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
+        ([("rules.trpo.values", "[0.0]")], "rules.trpo.knob: update.max_kl: must be greater than 0, got 0.0"),
+        ([("rules.trpo.values", "[.inf]")], "rules.trpo.values.0: expected a finite number, got inf"),
         ([("rules.trpo.values", "[]")], "rules.trpo.values: a knob needs values"),
         ([("rules.trpo.values", "[0.1, 0.1]")], "the same value stands there twice"),
         ([("rules.trpo.values", "[0.01, 0.01000001]")], "the same value stands there twice, in six digits"),
