@@ -15,6 +15,7 @@ from lm_trust.errors import UserError
 from lm_trust.training.config import Config, ConfigError, LanguageConfig
 from lm_trust.training.config_file import load_config, load_plain
 from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Seed
+from lm_trust.training.config_leaves import differing_keys, leaves
 
 _RULE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # it names a folder
 
@@ -188,6 +189,10 @@ def _candidates(path: str, base: str, config: CompareConfig) -> list[Candidate]:
         for name, rule in config.rules.items()
         for value in config.one_update.values.get(name, rule.values) or [None]
     ]
+    try:
+        require_comparable(candidates)
+    except ValueError as error:
+        raise UserError(f"{path}: one_update: {error}; remove it") from None
     before, iterations = config.one_update.iterations_before, candidates[0].config.iterations
     if before >= iterations:
         raise UserError(
@@ -195,6 +200,24 @@ def _candidates(path: str, base: str, config: CompareConfig) -> list[Candidate]:
             f"got {before}"
         )
     return candidates
+
+
+def require_comparable(candidates: Sequence[Candidate]) -> None:
+    """The candidates of a one-update study differ in nothing but the update section (and the output folder).
+
+    Raises:
+        ValueError: there is none, or they differ in more.
+    """
+    if not candidates:
+        raise ValueError("a one-update study needs a candidate")
+    first, *others = (leaves(candidate.config.model_dump()) for candidate in candidates)
+    for candidate, other in zip(candidates[1:], others, strict=True):
+        differing = differing_keys(first, other, ("update.", "output"))
+        if differing:
+            raise ValueError(
+                f"candidates differ in more than their update: {candidates[0].rule} has {differing[0]} "
+                f"{first.get(differing[0])!r} and {candidate.rule} {other.get(differing[0])!r}"
+            )
 
 
 def _run_config(path: str, base: str, config: CompareConfig, name: str, value: float | None, seed: int) -> Config:

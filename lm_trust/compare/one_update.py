@@ -11,17 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_trust.compare.config import Candidate
+from lm_trust.compare.config import Candidate, require_comparable
 from lm_trust.compare.fresh_samples import fresh_gain, paired_improvement
 from lm_trust.compare.words import error_text
 from lm_trust.errors import UserError
 from lm_trust.training.build import build_world
 from lm_trust.training.build_update import build_update
 from lm_trust.training.config import Config, LanguageConfig
-from lm_trust.training.config_leaves import differing_keys, leaves
 from lm_trust.training.trainer import Experience, Trainer
 
-_MAY_DIFFER = ("update.", "output")
 _MEASURED = (
     *("batch_gain", "fresh_gain", "fresh_low", "fresh_high", "improvement", "improvement_low", "improvement_high"),
     *("step_kl", "step_kl_max", "reference_kl", "within", "predicted_gain", "seconds", "error"),
@@ -64,7 +62,7 @@ def one_update_study(
         UserError: the first config cannot be built; or a number of the rollouts, which the message names, is not
             finite.
     """
-    _require_alike(candidates)
+    require_comparable(candidates)
     trainer = build_world(candidates[0].config).trainer
     try:
         for _ in range(iterations_before):
@@ -105,19 +103,6 @@ class _Start:
     fresh: Experience
     before: dict[str, Any]
     evaluations: int
-
-
-def _require_alike(candidates: Sequence[Candidate]) -> None:
-    if not candidates:
-        raise ValueError("a one-update study needs a candidate")
-    first, *others = (leaves(candidate.config.model_dump()) for candidate in candidates)
-    for candidate, other in zip(candidates[1:], others, strict=True):
-        differing = differing_keys(first, other, _MAY_DIFFER)
-        if differing:
-            raise ValueError(
-                f"candidates differ in more than their update: {candidates[0].rule} has {differing[0]} "
-                f"{first.get(differing[0])!r} and {candidate.rule} {other.get(differing[0])!r}"
-            )
 
 
 def _experience(trainer: Trainer) -> Experience:

@@ -112,6 +112,10 @@ def test_a_knob_has_the_values_of_its_key(files):
             "one_update.iterations_before: must be less than the 4 iterations of a run, got 4",
         ),
         ([("rules.trpo.also", "{critic: {clip: 0.2}}")], "one_update: needs rules that differ in their update"),
+        (
+            [("rules.ppo_clip.knob", "advantage.lam"), ("rules.ppo_clip.values", "[0.9]")],
+            "one_update: candidates differ in more than their update: trpo has advantage.lam 0.95 and ppo_clip 0.9;",
+        ),
         ([("rules.trpo.also", "{update: {}}")], "the update section stands in update"),
         ([("seed", "[0]")], "seed: unknown key; did you mean seeds?"),
     ],
