@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from lm_trust.compare.summary import summarise
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump
 from lm_trust.training.config_yaml import write_yaml
-from lm_trust.training.run_folder import RunFolder, json_text
+from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
 REPORT, RESULTS, PAGE = "report.json", "results.parquet", "report.html"
 _GRID = 40  # KLs at which the frontier is drawn
@@ -95,7 +94,7 @@ def read_report(output: Path) -> tuple[dict[str, Any], pyarrow.Table]:
         UserError: it is not there, or not whole.
     """
     try:
-        return json.loads((output / REPORT).read_text(encoding="utf-8")), parquet.read_table(output / RESULTS)
+        return read_json(output / REPORT), parquet.read_table(output / RESULTS)
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise UserError(f"{output}: there is no {name} yet; run lm-trust compare without --plot-only") from None

@@ -17,6 +17,7 @@ import pyarrow
 from lm_trust.compare.config import Cell
 from lm_trust.compare.frontier import Curve
 from lm_trust.compare.running import failure
+from lm_trust.errors import UserError
 from lm_trust.training.config import Config
 from lm_trust.training.run_folder import RunFolder, is_finished
 
@@ -91,7 +92,11 @@ def gradients(line: Line, config: Config) -> float:
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """A cell's results as far as its run has come."""
+    """A cell's results as far as its run has come.
+
+    Raises:
+        UserError: a file of its folder is not whole, or the metrics of a finished run are missing.
+    """
     run = RunFolder(cell.folder) if cell.folder.is_dir() else None
     lines = run.metrics() if run else []
     bound = getattr(cell.config.update, "max_kl", None)
@@ -106,6 +111,10 @@ def read_cell(cell: Cell) -> CellResult:
         for line, elapsed, cost in zip(lines, seconds, spent, strict=True)
     ]
     sides = run.evaluation() if run else {}
+    if "after" in sides and not lines:
+        raise UserError(
+            f"{cell.folder}: the run is finished and has no metrics.jsonl; take it back, or remove the folder"
+        )
     evaluations = _evaluations(run, sides, lines) if run else []
     trajectory = _trajectory(evaluations, rows) if evaluations else None
     return CellResult(

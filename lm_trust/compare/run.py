@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lm_trust.compare.report import PAGE, make_report, read_report, write_report
 from lm_trust.compare.running import check_free, check_unchanged, train_cells
 from lm_trust.compare.words import error_text
 from lm_trust.training.config_file import dump
-from lm_trust.training.run_folder import RunFolder, json_text
+from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
 
 def compare(comparison: Comparison) -> int:
@@ -101,7 +100,7 @@ def _noted(name: str, folder: RunFolder, key: Any) -> dict[str, Any] | None:
     path = folder.path / f"{name}.json"
     if key is None or not path.is_file():
         return None
-    noted = json.loads(path.read_text(encoding="utf-8"))
+    noted = read_json(path)
     return noted["found"] if noted["of"] == key else None
 
 

@@ -6,7 +6,6 @@ any moment leaves a policy that can be loaded.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_trust.errors import UserError
-from lm_trust.training.run_folder import RunFolder, json_text
+from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
 NAME, EVALUATION = "best", "evaluation.json"
 
@@ -38,6 +37,9 @@ class Best:
         folder: the run's.
         save_policy: writes the policy, with its normaliser, into a folder.
         resumed: whether what lies there is of this run; otherwise it is removed.
+
+    Raises:
+        UserError: the evaluation of this run's best policy is not whole.
     """
 
     def __init__(self, folder: RunFolder, save_policy: Callable[[Path], None], *, resumed: bool) -> None:
@@ -47,7 +49,7 @@ class Best:
         if not resumed:
             shutil.rmtree(self._path, ignore_errors=True)
         elif (self._path / EVALUATION).is_file():
-            self.reward = json.loads((self._path / EVALUATION).read_text(encoding="utf-8"))["reward_mean"]
+            self.reward = read_json(self._path / EVALUATION).get("reward_mean")
 
     def offer(self, evaluation: dict[str, Any]) -> None:
         """Keep the policy as it is now if its `reward_mean` is above all before it.

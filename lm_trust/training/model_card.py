@@ -6,7 +6,6 @@ in code, where markdown means nothing, or in front matter that a YAML library wr
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from huggingface_hub import ModelCardData
 from lm_trust.training.best import EVALUATION, NAME
 from lm_trust.training.config import LanguageConfig
 from lm_trust.training.config_file import BUNDLED_MODEL, dump
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.run_folder import RunFolder, read_json
 from lm_trust.training.summary import language_rows, visible
 
 CARD = "README.md"
@@ -49,7 +48,7 @@ def write_cards(config: LanguageConfig, policy_name: str, run: RunFolder) -> Non
     best = run.path / NAME / EVALUATION
     after = {run.path: evaluation.get("after")}
     if best.is_file():
-        after[best.parent] = json.loads(best.read_text(encoding="utf-8"))
+        after[best.parent] = read_json(best)
     for folder, record in after.items():
         target = folder / policy_name
         with run.writing(str(target.relative_to(run.path))):

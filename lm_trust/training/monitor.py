@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from lm_trust.errors import UserError
 from lm_trust.training.run_folder import RunFolder
 
 NAME = "monitor.csv"
@@ -27,6 +28,9 @@ class Monitor:
         environment: its name, for the first line.
         resume_at: environment steps of the checkpoint that the run goes on from, whose episodes are kept; None for a
             new run.
+
+    Raises:
+        UserError: it cannot be written, or a line of the run that goes on is not one.
     """
 
     def __init__(self, folder: RunFolder, environment: str, *, resume_at: int | None = None) -> None:
@@ -35,9 +39,12 @@ class Monitor:
         if resume_at is not None and self._path.exists():
             # A last line that a kill left unfinished is not one.
             lines = [line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            if lines:
-                self._started = json.loads(lines[0].removeprefix("#"))["t_start"]
-            kept = [line for line in lines[2:] if int(line.rsplit(",", 1)[1]) <= resume_at]
+            try:
+                if lines:
+                    self._started = json.loads(lines[0].removeprefix("#"))["t_start"]
+                kept = [line for line in lines[2:] if int(line.split(",")[3]) <= resume_at]
+            except (ValueError, LookupError):
+                raise UserError(f"{self._path}: it holds a line that no run wrote; take it out") from None
         header = json.dumps({"t_start": self._started, "env_id": environment})
         folder.replace(NAME, "".join([f"#{header}\n", COLUMNS, *kept]))
 

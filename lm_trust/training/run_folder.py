@@ -119,7 +119,7 @@ class RunFolder:
     def evaluation(self) -> dict[str, Any]:
         """evaluation.json, empty where there is none yet."""
         path = self.path / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def forget_end(self) -> None:
         """Drop the evaluation after training."""
@@ -166,6 +166,21 @@ def is_finished(folder: Path) -> bool:
 def json_text(record: dict[str, Any]) -> str:
     """A JSON file's text, to be read by people too; numbers that are not finite become null."""
     return json.dumps(_finite(record), indent=2) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `json_text` wrote.
+
+    Raises:
+        UserError: the file is not whole.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a file that a run wrote; take it back from a copy, or remove it")
+    return record
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

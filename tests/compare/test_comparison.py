@@ -271,6 +271,10 @@ def test_what_another_process_writes_to_is_left_alone(files, capsys):
 def test_the_page_alone_needs_a_report(files, capsys):
     assert compare(files, "--plot-only") == 2
     assert "there is no report.json yet" in capsys.readouterr().err
+    (files / "out").mkdir()
+    (files / "out/report.json").write_text("[]")
+    assert compare(files, "--plot-only") == 2
+    assert "report.json: not a file that a run wrote" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_cell_reads_as_its_run_tells(files):
@@ -301,6 +305,9 @@ def test_a_cell_reads_as_its_run_tells(files):
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     result = read_cell(cell)
     assert result.rows[0]["step_seconds"] is None and result.summary["step_seconds"] is None
+    (cell.folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"trpo/0\.03/seed3: the run is finished and has no metrics\.jsonl"):
+        read_cell(cell)
 
 
 def test_an_update_is_judged_by_the_bound_that_was_in_force(files):

@@ -72,6 +72,18 @@ def test_a_resumed_run_knows_its_best_and_a_new_one_has_none(folder, policy):
     assert kept(folder) == (3, 1.0)
 
 
+@pytest.mark.parametrize("text", ["", '{"reward_mean": 3', "3.0"])
+def test_an_evaluation_that_is_not_whole_is_named(folder, policy, text):
+    offer(Best(folder, policy.save, resumed=False), policy, 1, 3.0)
+    for path, read in (
+        (folder.path / "best" / "evaluation.json", lambda: Best(folder, policy.save, resumed=True)),
+        (folder.path / "evaluation.json", folder.evaluation),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"{path}: not a file that a run wrote; take it back from a copy"):
+            read()
+
+
 def test_a_kill_at_any_moment_leaves_a_policy_and_the_next_best_mends_it(folder, policy, monkeypatch):
     offer(Best(folder, policy.save, resumed=False), policy, 1, 1.0)
     whole, replace = [], os.replace

@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 
+from lm_trust.errors import UserError
 from lm_trust.training import monitor
 from lm_trust.training.monitor import Monitor
 from lm_trust.training.run_folder import RunFolder
@@ -56,6 +57,15 @@ def test_a_resumed_run_drops_what_it_does_again(folder, clock):
     header, table = load(folder)
     assert header["t_start"] == 1000.0
     assert table.r.tolist() == [1.0, 2.0, 5.0] and table.t.tolist() == [0.0, 0.0, 4000.0]
+
+
+@pytest.mark.parametrize("line", ["", "1.0,10", "one,two,three,four"])
+def test_a_line_that_no_run_wrote_is_told(folder, clock, line):
+    Monitor(folder, "Hopper-v5").append([(1.0, 10, 80)])
+    with (folder.path / "monitor.csv").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"monitor\.csv: it holds a line that no run wrote"):
+        Monitor(folder, "Hopper-v5", resume_at=160)
 
 
 def test_a_new_run_begins_anew_and_an_old_one_without_a_monitor_goes_on(folder):
