@@ -17,37 +17,27 @@ from typing import TYPE_CHECKING
 from lm_trust.arguments import make_parser, split_overrides
 from lm_trust.errors import UserError
 from lm_trust.launching import is_first_process, launch
+from lm_trust.training.config_leaves import MAY_DIFFER, MAY_DIFFER_IN_REWARDS, course, differing_keys
 
 if TYPE_CHECKING:
     from lm_trust.training.config import Config
 
 # The commands whose config's keys may stand on the command line.
 _WITH_CONFIG = ("train", "sft", "reward-model", "compare")
-# What a resumed run may change: how long it is, what is noted on the way, and where the same files lie now.
+# What a resumed run may change besides: how long it is, how it is evaluated, and where the same files lie now.
 _MAY_CHANGE = (
-    "output",
+    *MAY_DIFFER,
     "iterations",
     "total_steps",
     "evaluation.",
-    "checkpoint.",
-    "completions.",
     "stop.",
-    "trackers",
-    "rollout.microbatch_size",
-    "rollout.mismatch.limit",
-    "environment.processes",
-    "critic.own_process",
     "critic.path",
-    "model.gradient_checkpointing",
     "model.path",
     "model.adapter",
     "prompts.path",
     "prompts.heldout",
 )
-
-# Likewise of each reward: how it is called, which is what a run that its reward has stopped needs to change, and where
-# its files lie.
-_MAY_CHANGE_IN_REWARDS = ("timeout", "parallel", "process", "memory", "path", "ratings", "embedder")
+_MAY_CHANGE_IN_REWARDS = (*MAY_DIFFER_IN_REWARDS, "path", "ratings", "embedder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,9 +238,7 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     """A resumed run is the same run: only what does not touch its course may change."""
     if type(config) is not type(saved):
         raise UserError(f"--resume: {run} is a run of the other world; give its own CONFIG, or none")
-    from lm_trust.training.config_leaves import differing_keys
-
-    now, then = _course(config), _course(saved)
+    now, then = (course(one.model_dump(), _MAY_CHANGE_IN_REWARDS) for one in (config, saved))
     changed = [
         f"--resume: {key} is {then.get(key)!r} in {run} and {now.get(key)!r} here; "
         "it cannot change in a resumed run, start a new one instead"
@@ -258,14 +246,3 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     ]
     if changed:
         raise UserError("\n".join(changed))
-
-
-def _course(config: Config) -> dict[str, object]:
-    """The configuration's values by dotted keys, those of its rewards by index, without what may change in them."""
-    from lm_trust.training.config_leaves import leaves
-
-    values = leaves(config.model_dump())
-    for index, reward in enumerate(values.pop("rewards", [])):
-        kept = {key: value for key, value in reward.items() if key not in _MAY_CHANGE_IN_REWARDS}
-        values |= leaves(kept, f"rewards.{index}.")
-    return values

@@ -15,12 +15,10 @@ from lm_trust.compare import forked
 from lm_trust.compare.config import Cell
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump, load_config
-from lm_trust.training.config_leaves import differing_keys, leaves
+from lm_trust.training.config_leaves import MAY_DIFFER, MAY_DIFFER_IN_REWARDS, course, differing_keys
 from lm_trust.training.interruption import Interruption
 from lm_trust.training.run_folder import RunFolder, is_finished
 
-# What may differ between the config of a cell and that of its folder: none of it touches the course of a run.
-_MAY_DIFFER = ("output", "trackers", "checkpoint.", "completions.", "rollout.microbatch_size", "environment.processes")
 _POLL = 0.2  # seconds
 
 
@@ -41,14 +39,19 @@ def check_unchanged(cells: Sequence[Cell]) -> None:
         if not saved.is_file():
             continue
         before = load_config(saved, check_files=False, saved=True)
-        now, then = (leaves(one.model_dump()) for one in (cell.config, before))
-        changed = differing_keys(then, now, _MAY_DIFFER)
+        now, then = (course(one.model_dump(), MAY_DIFFER_IN_REWARDS) for one in (cell.config, before))
+        changed = [key for key in differing_keys(then, now, MAY_DIFFER) if not _has_moved(then.get(key))]
         if changed:
             key = changed[0]
             raise UserError(
                 f"{cell.folder}: holds a run with {key} {then.get(key)!r}, which is {now.get(key)!r} here; "
                 "choose another --output, or remove that folder"
             )
+
+
+def _has_moved(value: object) -> bool:
+    """Whether it is the place of a file or folder that is no longer there: what is named now is taken for it."""
+    return isinstance(value, str) and os.path.isabs(value) and not os.path.exists(value)
 
 
 def check_free(cells: Sequence[Cell]) -> None:

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+# What touches nothing of a run's course: what is noted on the way, and in how many processes or pieces it is computed.
+MAY_DIFFER = (
+    "output",
+    "trackers",
+    "checkpoint.",
+    "completions.",
+    "rollout.microbatch_size",
+    "rollout.mismatch.limit",
+    "environment.processes",
+    "critic.own_process",
+    "model.gradient_checkpointing",
+)
+# Likewise of each reward: how it is called, which is what a run that its reward has stopped needs to change.
+MAY_DIFFER_IN_REWARDS = ("timeout", "parallel", "process", "memory")
+
 
 def leaves(section: Mapping[str, object], at: str = "") -> dict[str, object]:
     """The values of a nested mapping by their dotted keys: {"update": {"clip": 0.2}} gives {"update.clip": 0.2}."""
@@ -17,3 +32,12 @@ def differing_keys(one: Mapping[str, object], other: Mapping[str, object], may_d
     """The dotted keys in which two flat mappings differ, without those that begin with one of `may_differ`."""
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return [key for key in keys if not key.startswith(tuple(may_differ))]
+
+
+def course(config: Mapping[str, object], may_differ_in_rewards: Sequence[str]) -> dict[str, object]:
+    """A run's values by dotted keys, those of its rewards by index, without what may differ in these."""
+    values = leaves(config)
+    for index, reward in enumerate(values.pop("rewards", [])):
+        kept = {key: value for key, value in reward.items() if key not in may_differ_in_rewards}
+        values |= leaves(kept, f"rewards.{index}.")
+    return values

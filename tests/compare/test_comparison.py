@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,8 +19,9 @@ from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
 from lm_trust.compare.results import CellResult, curves_of, read_cell
 from lm_trust.compare.run import _limit
-from lm_trust.compare.running import failure, train_cells
+from lm_trust.compare.running import check_unchanged, failure, train_cells
 from lm_trust.errors import UserError
+from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder
 
 BASE = """
@@ -255,6 +257,36 @@ def test_a_control_seed_without_one_of_the_values_has_no_curve(files):
     (row,) = matched_table(curves_of(results, language=False), [0.02], seeds=2)
     assert (row["reached"], row["mean"]) == (1, None)
     assert len(curves_of(results, language=True)) == 5  # there each value is a curve of its own
+
+
+LANGUAGE = """
+iterations: 2
+model: {path: gpt2, gradient_checkpointing: false}
+prompts: {path: prompts.jsonl}
+rewards: [{name: "time:time", timeout: 5}]
+"""
+
+
+def test_a_comparison_follows_files_that_have_moved_and_takes_no_others_for_them(files, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "base.yaml").write_text(LANGUAGE)
+    (files / "comparison.yaml").write_text("base: base.yaml\nseeds: [0]\nrules: {trpo: {}}\n")
+    (files / "prompts.jsonl").write_text('{"prompt": "The film"}\n')
+    (cell,) = load(files).cells
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text(dump(cell.config))
+    called = ("shared.rewards", '[{name: "time:time", timeout: 9}]')
+    check_unchanged(load(files, called, ("shared.model.gradient_checkpointing", "true")).cells)
+    moved = ("shared.prompts.path", str(files / "moved.jsonl"))
+    shutil.copy(files / "prompts.jsonl", files / "moved.jsonl")
+    with pytest.raises(UserError, match=r"holds a run with prompts\.path '.*/prompts\.jsonl', which"):
+        check_unchanged(load(files, moved).cells)
+    (files / "prompts.jsonl").unlink()
+    check_unchanged(load(files, moved).cells)
+    with pytest.raises(UserError, match=r"holds a run with model\.path 'gpt2'"):
+        check_unchanged(load(files, moved, ("shared.model.path", "gpt2-medium")).cells)
+    with pytest.raises(UserError, match=r"holds a run with rewards\.0\.name 'time:time'"):
+        check_unchanged(load(files, moved, ("shared.rewards", "[{name: 'time:sleep'}]")).cells)
 
 
 def test_what_another_process_writes_to_is_left_alone(files, capsys):
