@@ -12,6 +12,8 @@ from gymnasium import spaces
 
 from lm_trust.errors import UserError
 
+_ZERO = np.int64(0)
+
 
 @dataclass(frozen=True, eq=False)
 class ActionSpace:
@@ -22,7 +24,7 @@ class ActionSpace:
         size: V actions to choose from, the sum of a multi-discrete action's `sizes`, or A dimensions: how many
             numbers a policy's network gives for an action.
         low, high: (A,) bounds of a continuous action, in the environment's own dtype; may be infinite.
-        start: the environment's number for index 0 of a discrete action; of a multi-discrete one (A,), in the
+        start: the environment's number for index 0 of a discrete action; of a multi-discrete one (A,); in the
             environment's own dtype.
         sizes: V_a, how many actions each dimension of a multi-discrete action chooses from; None of another kind.
     """
@@ -31,7 +33,7 @@ class ActionSpace:
     size: int
     low: np.ndarray | None = None
     high: np.ndarray | None = None
-    start: int | np.ndarray = 0
+    start: np.integer | np.ndarray = _ZERO
     sizes: tuple[int, ...] | None = None
 
     @property
@@ -46,11 +48,9 @@ class ActionSpace:
 
         The bounds are applied here and nowhere else, so what is stored and scored is what was sampled.
         """
-        if self.kind == "discrete":
-            return actions + self.start
-        if self.kind == "multi_discrete":
-            return (actions + self.start).astype(self.start.dtype, copy=False)
-        return np.minimum(np.maximum(actions, self.low), self.high).astype(self.low.dtype, copy=False)
+        if self.kind == "continuous":
+            return np.minimum(np.maximum(actions, self.low), self.high).astype(self.low.dtype, copy=False)
+        return (actions + self.start).astype(self.start.dtype, copy=False)
 
 
 def action_space(space: spaces.Space, name: str) -> ActionSpace:
@@ -60,7 +60,7 @@ def action_space(space: spaces.Space, name: str) -> ActionSpace:
         UserError: any other space; the message names the environment and the space.
     """
     if isinstance(space, spaces.Discrete):
-        return ActionSpace("discrete", int(space.n), start=int(space.start))
+        return ActionSpace("discrete", int(space.n), start=space.dtype.type(space.start))
     one_dimensional = space.shape is not None and len(space.shape) == 1
     if isinstance(space, spaces.MultiDiscrete) and one_dimensional:
         return _multi_discrete(space.nvec.tolist(), space.start)

@@ -109,11 +109,13 @@ def test_an_observation_of_several_dimensions_is_flattened():
     assert environments.observations.tolist() == [[1] * 6] and environments.observation_size == 6
 
 
-def test_discrete_actions_count_from_where_the_environment_does():
-    env = Shaped(spaces.Box(-1, 1, (2,)), spaces.Discrete(3, start=-1))
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8])
+def test_discrete_actions_count_from_where_the_environment_does(dtype):
+    env = Shaped(spaces.Box(-1, 1, (2,)), spaces.Discrete(3, start=-1, dtype=dtype))
     environments = wrap(env)
     for index in range(3):
         environments.step(np.array([index]))
+    assert [given.dtype for given in env.given] == [dtype] * 3
     assert env.given == [-1, 0, 1] and all(env.action_space.contains(action) for action in env.given)
 
 
