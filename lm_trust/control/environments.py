@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import gymnasium
@@ -79,8 +79,8 @@ def make_environment(id: str, *, arguments: dict[str, Any] | None = None, render
     """
     try:
         env = _made(id, _maker(id), {**(arguments or {}), "render_mode": render_mode})
-    except (TypeError, UserError) as error:
-        if "argument 'render_mode'" not in str(error):
+    except UserError as error:
+        if not _is_of_arguments(error, ["render_mode"]):
             raise
         raise UserError(f"environment {id} does not take a render_mode") from error
     if env.render_mode != render_mode:
@@ -100,6 +100,10 @@ def _pooled(id: str, count: int, seed: int, arguments: dict[str, Any], placed: R
 def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]) -> gymnasium.Env:
     try:
         env = make(**arguments)
+    except TypeError as error:
+        if not _is_of_arguments(error, arguments):  # but of the factory's own code
+            raise
+        raise UserError(f"environment.arguments: {id} does not take {arguments}: {error}") from error
     except (AttributeError, ImportError, RuntimeError) as error:
         if not _raised_in_mujoco(error):
             raise
@@ -111,6 +115,14 @@ def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]
     if not isinstance(env, gymnasium.Env):
         raise UserError(f"environment.id: {id} returned {type(env).__name__}, not a gymnasium.Env")
     return env
+
+
+def _is_of_arguments(error: Exception, names: Collection[str]) -> bool:
+    """Whether a call with keyword arguments of these names failed because one is not taken, by its message."""
+    text = str(error)
+    return bool(names) and (
+        text.endswith("() takes no arguments") or any(f"argument {name!r}" in text for name in names)
+    )
 
 
 def _raised_in_mujoco(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 from lm_trust.control import ControlTask, Environments, MLPPolicy, make_environments
+from lm_trust.control.environments import make_environment
 from lm_trust.errors import UserError
 
 
@@ -278,6 +279,13 @@ def make(force=10.0):
     env.force_mag = force
     return env
 
+class Plain(gymnasium.Env):  # without an __init__ of its own
+    observation_space = action_space = gymnasium.spaces.Discrete(2)
+
+class Broken(Plain):
+    def __init__(self, size=1):
+        self.size = size + "1"
+
 def same():
     return single
 
@@ -305,6 +313,19 @@ def my_module(tmp_path, monkeypatch):
 def test_a_factory_by_dotted_path(my_module):
     environments = make_environments(f"{my_module}:make", 2, seed=0, arguments={"force": 3.0})
     assert [env.force_mag for env in environments.envs] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("factory", ["make", "Plain", "Broken"])
+def test_an_argument_that_a_factory_does_not_take(my_module, factory):
+    make = {"arguments": {"size_typo": 3}, "seed": 0}
+    told = f"environment.arguments: {my_module}:{factory} does not take {{'size_typo': 3}}: "
+    refused(lambda: make_environments(f"{my_module}:{factory}", 1, **make), told)
+    refused(lambda: make_environment(f"{my_module}:{factory}", render_mode="human"), "does not take a render_mode")
+
+
+def test_a_factory_that_fails_by_itself_keeps_its_traceback(my_module):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        make_environments(f"{my_module}:Broken", 1, seed=0, arguments={"size": 3})
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space:UserWarning")
