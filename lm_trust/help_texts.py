@@ -151,7 +151,8 @@ Compare update rules: train every rule at every value of its knob with every
 seed, each as a run of `lm-trust train` in a process of its own, and write
 report.html, a page that opens from disk, with report.json and results.parquet
 beside it. Runs that are finished are never made again, and one that was stopped
-goes on: the same command continues a comparison, with a longer CONFIG too.
+goes on: the same command continues a comparison, and one with more rules,
+values or seeds makes what is missing; other settings need another --output.
 
 Every key of the config can be set here too, by its dotted name;
 `lm-trust config compare` lists them all.
