@@ -11,6 +11,8 @@ differs (envpool 1.2.5, gymnasium 1.4):
   Swimmer's to 1e-6. Not so where many contacts are: in Ant, Humanoid and HumanoidStandup positions and velocities
   differ by 1e-5 in the median step and by less than 2e-3 in 99 of 100, observed contact forces by ten times that,
   rewards by less than 1e-3 in 99 of 100. Chaos makes of it another episode, not another task.
+- A reset takes an environment's place in a step, and is no step: a rollout has so many steps less, and a run of the
+  same `total_steps` one less an episode.
 - Episodes' first states have the same distribution, but another seed gives each.
 - A pool's state can be neither read nor set: see `VectorEnvironments.load_state_dict`.
 """

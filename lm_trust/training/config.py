@@ -138,7 +138,7 @@ class ControlConfig(Section):
 
     seed: Seed = Field(0, description="of every random stream of the run")
     output: Name | None = Field(None, description="run folder; null: runs/NAME for NAME.yaml")
-    total_steps: Positive = Field(description="environment steps in all")
+    total_steps: Positive = Field(description="environment steps in all; with envpool a reset counts as one")
     environment: Environment
     policy: Policy = Field(default_factory=Policy)
     rollout: ControlRollout = Field(default_factory=ControlRollout)
@@ -152,7 +152,10 @@ class ControlConfig(Section):
 
     @property
     def iterations(self) -> int:
-        """Rounds of rollout and update: whole rollouts, so that the last may go beyond `total_steps`."""
+        """Rounds of rollout and update: whole rollouts, so that the last may go beyond `total_steps`.
+
+        With envpool a reset stands in the place of a step, so that the run takes up to one step an episode less.
+        """
         return -(-self.total_steps // (self.environment.count * self.rollout.steps))
 
     @model_validator(mode="after")
