@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
+from lm_trust.lm.architecture_check import check_architecture
 from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
 from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
@@ -74,8 +75,7 @@ def load_base(
     """The causal language model in float32, frozen and in evaluation mode.
 
     Raises:
-        UserError: it cannot be loaded, its weights are in a pickle file, or its head is not one linear map of the last
-            hidden state.
+        UserError: it cannot be loaded, its weights are in a pickle file, or `prepare_base` refuses it.
     """
     source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
     if "local_files_only" in options:
@@ -97,7 +97,8 @@ def prepare_base(model: nn.Module) -> nn.Module:
     """Freeze the model, put it in evaluation mode and clear generation settings that would bend its distribution.
 
     Raises:
-        UserError: the model's logits are not its output embedding applied to its last hidden state.
+        UserError: the model's logits are not its output embedding applied to its last hidden state, that state of a
+            token changes with left padding or later tokens, or the model cannot be run that way.
     """
     model.requires_grad_(False)
     model.eval()
@@ -107,7 +108,7 @@ def prepare_base(model: nn.Module) -> nn.Module:
         bos_token_id=generation.bos_token_id,
         pad_token_id=generation.pad_token_id,
     )
-    _check_head(model)
+    check_architecture(model)
     return model
 
 
@@ -257,40 +258,6 @@ def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) ->
         return AutoConfig.from_pretrained(source, **options).get_text_config()
     except Exception as error:
         raise UserError(f"model.path: no model configuration in {path!r}: {first_line(error)}") from error
-
-
-@torch.no_grad()
-def _check_head(model: nn.Module) -> None:
-    """Scores are computed from hidden states through the output embedding; see that this is what the model does."""
-    ids = torch.arange(1, 5, device=model.device).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        seen: dict[str, torch.Tensor] = {}
-
-        def replace(_: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            # Large logits in place of the head's own: a cap or a scale shows, however small the weights are.
-            seen["states"], seen["output"] = given[0], output
-            seen["logits"] = torch.linspace(-1e3, 1e3, output.numel(), device=output.device).view_as(output)
-            return seen["logits"]
-
-        handle = head.register_forward_hook(replace)
-        try:
-            logits = model(**inputs).logits
-        finally:
-            handle.remove()
-        states = model.base_model(**inputs).last_hidden_state
-        linear = nn.functional.linear(states, head.weight, getattr(head, "bias", None))
-        if (
-            torch.allclose(logits, seen["logits"])
-            and torch.allclose(states, seen["states"], atol=1e-3, rtol=1e-3)
-            and torch.allclose(linear, seen["output"], atol=1e-3, rtol=1e-3)
-        ):
-            return
-    raise UserError(
-        f"model.path: {type(model).__name__} transforms its logits after the output embedding; "
-        "exact scores need a plain linear head (GPT-2, GPT-NeoX, OPT, Llama, Qwen and their like)"
-    )
 
 
 def adapter_folder(path: str | Path) -> Path:

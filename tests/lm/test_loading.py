@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -182,6 +183,35 @@ def test_the_same_model_with_a_plain_head_is_not():
     model = gemma2(None)
     assert prepare_base(model) is model
     assert not model.get_output_embeddings()._forward_hooks
+
+
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 24}
+ATTENDED_OTHERWISE = {
+    "BartForCausalLM": ("bart", BART | {"encoder_layers": 2}),  # takes no position ids
+    "RwkvForCausalLM": ("rwkv", {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 2}),  # takes no mask
+    "XLNetLMHeadModel": ("xlnet", {"vocab_size": 24, "d_model": 32, "n_layer": 2, "n_head": 4}),  # sees what follows
+}
+
+
+@pytest.mark.parametrize("name", ATTENDED_OTHERWISE)
+def test_a_model_whose_states_depend_on_padding_or_later_tokens_is_refused_by_name(name):
+    model_type, settings = ATTENDED_OTHERWISE[name]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    with pytest.raises(UserError, match=rf"^model\.path: {name} computes another state .* padding") as error:
+        prepare_base(model)
+    one_line(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_refuses_no_model(dtype, model_folder):
+    prepare_base(AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype))
+
+
+def test_a_model_that_cannot_be_run_as_a_policy_is_one_line():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bart"](**BART, encoder_layers=1))
+    with pytest.raises(UserError, match=r"^model\.path: BartForCausalLM cannot be run as a policy: .*index") as error:
+        prepare_base(model)
+    one_line(error)
 
 
 # Adapters
