@@ -8,6 +8,10 @@ end, where the completion is.
 
 A reward model (one label) on a decoder takes its score at the last token, and RewardTrainer ends each text that it
 learns from with the end of sequence. So it does here: a text is scored as if it ended where it ends.
+
+One that was trained on chats reads a chat, as its own template writes it: the prompt as a user's message and the
+completion as the assistant's answer. A prompt that is a chat itself is its last user message, as for every reward. That
+it was trained on chats lm-trust reward-model notes in the tokenizer's configuration; of others `reads: chat` says it.
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ from transformers import AutoModelForSequenceClassification
 from lm_trust.errors import UserError
 from lm_trust.lm.loading import check_holds_adapter
 from lm_trust.lm.pretrained import SMOLLM2, first_line, quiet
+from lm_trust.lm.prompts import user_chat
 from lm_trust.lm.smollm2 import FOLDER
 from lm_trust.lm.text_models import TextModel, load_model, with_tokenizer
+
+TRAINED_ON_CHATS = "trained_on_chats"  # in the tokenizer's configuration, which stays beside the weights everywhere
 
 
 class Classifier:
@@ -37,7 +44,7 @@ class Classifier:
         label: index of the label whose score counts.
         output: "logit", "log_probability" or "probability" of it. The probability is the softmax's over the labels;
             the sigmoid's where there is one label, or where labels do not exclude each other.
-        reads: "text" for prompt + completion, or "completion".
+        reads: "text" for prompt + completion, "completion", or "chat" for both as messages in its chat template.
         batch_size: texts in one pass.
         name: what metrics call it.
     """
@@ -50,16 +57,25 @@ class Classifier:
         self.label = label
         self.__name__ = name
         self._output = output
-        self._whole = reads == "text"
+        self._reads = reads
         self._batch_size = batch_size
         self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
         if not completions:
             return []
-        texts = [a + b for a, b in zip(prompts, completions, strict=True)] if self._whole else completions
+        texts = self._texts(prompts, completions)
         logits = self.text_model.run(texts, self._batch_size, lambda output, _: output.logits)
         return self._score(logits.double()).tolist()
+
+    def _texts(self, prompts: list[str], completions: list[str]) -> list[str]:
+        if self._reads == "completion":
+            return completions
+        pairs = list(zip(prompts, completions, strict=True))
+        if self._reads == "text":
+            return [prompt + completion for prompt, completion in pairs]
+        chats = [[*user_chat(prompt), {"role": "assistant", "content": completion}] for prompt, completion in pairs]
+        return self.text_model.tokenizer.apply_chat_template(chats, tokenize=False)
 
     def _score(self, logits: Tensor) -> Tensor:
         """(B, L) logits to (B,) scores."""
@@ -79,7 +95,8 @@ def load_classifier(section: Any, *, key: str, device: torch.device | str) -> Cl
         key: the section's place in the configuration, such as `rewards[0]`, which errors name.
 
     Raises:
-        UserError: there is no classifier at the path, its head was never trained, or it has no such label.
+        UserError: there is no classifier at the path, its head was never trained, it has no such label, or it cannot
+            read what it is to.
     """
     folder = Path(section.path).expanduser()
     place = {"key": f"{key}.path", "revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -93,11 +110,12 @@ def load_classifier(section: Any, *, key: str, device: torch.device | str) -> Cl
                 "which would be random; give a model that was trained to classify (lm-trust reward-model makes one)"
             )
         text_model = with_tokenizer(model, section.path, **place)
+    reads = _reads(text_model, section.reads, key)
     return Classifier(
-        _as_trained(text_model),
+        _as_trained(text_model, reads),
         label=_label_index(text_model.model, section.label, key),
         output=section.output,
-        reads=section.reads,
+        reads=reads,
         batch_size=section.batch_size,
         name=section.name or folder.name or section.path,
     )
@@ -162,8 +180,28 @@ def _replaced(model: PeftModel) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "modules_to_save"))
 
 
-def _as_trained(text_model: TextModel) -> TextModel:
-    """With the end of sequence behind every text, for a reward model on a decoder (its head is called score)."""
+def _reads(text_model: TextModel, reads: str, key: str) -> str:
+    """What the model is to read: a chat, where it was trained on chats.
+
+    Raises:
+        UserError: it was, and is to read the completion alone; or it is to read a chat and has no chat template.
+    """
+    if text_model.tokenizer.init_kwargs.get(TRAINED_ON_CHATS):
+        if reads == "completion":
+            raise UserError(f"{key}.reads: the reward model was trained on whole chats; give chat, or leave it out")
+        reads = "chat"
+    if reads == "chat" and text_model.tokenizer.chat_template is None:
+        raise UserError(f"{key}.reads: the classifier's tokenizer has no chat template; give text or completion")
+    return reads
+
+
+def _as_trained(text_model: TextModel, reads: str) -> TextModel:
+    """With the end of sequence behind every text, for a reward model on a decoder (its head is called score).
+
+    A chat ends, and begins, as its template has it.
+    """
+    if reads == "chat":
+        return dataclasses.replace(text_model, special_tokens=False)
     base = text_model.model.get_base_model() if isinstance(text_model.model, PeftModel) else text_model.model
     eos = text_model.tokenizer.eos_token_id
     if base.config.num_labels != 1 or not hasattr(base, "score") or eos is None:

@@ -30,6 +30,7 @@ class TextModel:
         pad_id: fills up the shorter rows.
         context: tokens that it can read; of a longer text it reads the end. None: no limit.
         end: tokens put behind every text.
+        special_tokens: whether the tokenizer adds those that it sets by itself.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class TextModel:
     pad_id: int
     context: int | None
     end: tuple[int, ...] = ()
+    special_tokens: bool = True
 
     @torch.no_grad()
     def run(self, texts: Sequence[str], batch_size: int, read: Callable[[Any, Tensor], Tensor]) -> Tensor:
@@ -69,7 +71,8 @@ class TextModel:
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, at least one: the last that the context holds, and its special tokens."""
         room = None if self.context is None else self.context - len(self.end)
-        rows = self.tokenizer(list(texts), truncation=room is not None, max_length=room, verbose=False)["input_ids"]
+        cut = {"truncation": room is not None, "max_length": room, "add_special_tokens": self.special_tokens}
+        rows = self.tokenizer(list(texts), **cut, verbose=False)["input_ids"]
         # The empty text has no token where the tokenizer adds none, and a model cannot read nothing.
         return [[*row, *self.end] or [self.pad_id] for row in rows]
 

@@ -3,7 +3,8 @@
     lm-trust reward-model configs/lm/pipeline/reward_model.yaml
 
 The probability that the chosen text is preferred is the sigmoid of the difference of the two rewards (Bradley and Terry
-1952). The saved folder is a reward by itself: {kind: classifier, path: runs/reward_model/adapter}.
+1952). The saved folder is a reward by itself: {kind: classifier, path: runs/reward_model/adapter}. It notes whether
+the pairs were chats, so that the reward reads the same.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from trl import RewardTrainer
 
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
+from lm_trust.lm.classifier_reward import TRAINED_ON_CHATS
 from lm_trust.lm.pretrained import first_line, quiet
 from lm_trust.lm.text_models import load_model
 from lm_trust.stages.curve import Panel
@@ -64,6 +66,7 @@ def reward_model(config: RewardModelConfig, output: Path) -> int:
         UserError: something that the user can mend.
     """
     prepared = prepare(config, load_pairs)
+    prepared.tokenizer.init_kwargs[TRAINED_ON_CHATS] = isinstance(prepared.training.rows[0]["chosen"], list)
     model = load_reward_base(config.model.path, seed=config.seed, **prepared.source)
     if config.model.lora is None:
         model.requires_grad_(True)

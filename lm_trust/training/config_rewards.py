@@ -50,7 +50,10 @@ class ClassifierReward(Section):
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     label: Name | None = Field(None, description="the class whose score counts; null: the last one")
     output: Literal["logit", "log_probability", "probability"] = Field("logit", description="what of it")
-    reads: Text = Field("text", description="prompt and completion, or the completion alone")
+    reads: Literal["text", "completion", "chat"] = Field(
+        "text",
+        description="prompt and completion, the completion alone, or both as a chat (of itself if trained so here)",
+    )
     batch_size: Positive = Field(32, description="texts in one pass; changes memory only")
     weight: float = Field(1.0, description="factor in the sum of the rewards")
     dense: bool = Field(False, description="pay each token its change of the score so far")

@@ -131,6 +131,32 @@ def test_the_completion_alone_can_be_read(bert):
     close(scores, logits_alone(bert, COMPLETIONS)[:, 2])
 
 
+TEMPLATE = "{% for message in messages %}<eos> {{ message.role }} it {{ message.content }} and {% endfor %}"
+
+
+def test_both_can_be_read_as_a_chat(model_folders, tmp_path):
+    """Of its own template, which sets what special tokens there are."""
+    folder = decoder(tmp_path, model_folders("llama", False), labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"^rewards\[1\]\.reads: .* no chat template"):
+        load(folder, reads="chat")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    written = [f"<eos> user it {a} and <eos> assistant it {b} and " for a, b in zip(PROMPTS, COMPLETIONS, strict=True)]
+    close(load(folder, reads="chat")(PROMPTS, COMPLETIONS), logits_alone(folder, written)[:, 0])
+
+
+def test_one_trained_on_chats_does_not_read_completions_alone(model_folders, tmp_path):
+    folder = decoder(tmp_path, model_folders("llama", False), labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.init_kwargs[classifier_reward.TRAINED_ON_CHATS] = TEMPLATE, True
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"^rewards\[1\]\.reads: .* trained on whole chats"):
+        load(folder, reads="completion")
+    as_it_is, said = (load(folder, **keys)(PROMPTS, COMPLETIONS) for keys in ({}, {"reads": "chat"}))
+    assert as_it_is == said
+
+
 def test_outputs_of_exclusive_labels_are_the_softmaxs(bert):
     logits = logits_alone(bert)
     probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)

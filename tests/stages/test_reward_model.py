@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 KEYS = ["step", "epoch", "loss", "accuracy", "margin", "reward_mean", "learning_rate", "gradient_norm", "tokens"]
 TRAINED = {"training.epochs": 6, "training.batch_size": 8}
 
 
-def score(rows, folder):
-    """Rewards of texts by the function that a `kind: classifier` reward makes of the folder."""
+def score(rows, folder, prompts=None):
+    """Rewards of texts, or of answers to prompts, by the function that a `kind: classifier` makes of the folder."""
     from lm_trust.lm.classifier_reward import load_classifier
     from lm_trust.training.config_rewards import ClassifierReward
 
     reward = load_classifier(ClassifierReward(path=str(Path(folder).absolute())), key="rewards.0", device="cpu")
-    return torch.tensor(reward([""] * len(rows), rows), dtype=torch.float64)
+    return torch.tensor(reward(prompts or [""] * len(rows), rows), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("architecture", "own_pad"), [("llama", False), ("gpt2", True)])
@@ -39,8 +40,6 @@ def test_it_learns_and_is_a_reward_by_itself(stage, pairs, models, architecture,
     from lm_trust.training.config_stages import RewardModelConfig
 
     config = load_config("run/config.yaml", root=RewardModelConfig)
-    from transformers import AutoTokenizer
-
     _, heldout = load_pairs(config.data, AutoTokenizer.from_pretrained("run/adapter"), config.seed)
     chosen, rejected = (score([row[side] for row in heldout.rows], "run/adapter") for side in ("chosen", "rejected"))
     assert after["count"] == len(heldout) == 16
@@ -66,6 +65,30 @@ def test_the_prompt_is_read_before_both(stage, pairs, lines):
     rows = [{"prompt": f"I saw {number} ", **pair} for number, pair in enumerate(pairs)]
     assert stage("reward-model", rows, **{"training.max_steps": 1, "training.batch_size": 8}) == 0
     assert lines()[0]["tokens"] == 16 * (3 + 7 + 1)  # the end of sequence too
+
+
+@pytest.mark.parametrize("lora", ["{r: 4}", "null"])
+def test_one_of_chats_is_a_reward_that_reads_chats(stage, pairs, chat_model, evaluation, lora):
+    def chat(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {"prompt": chat("user", f"we saw it {'very ' * (number % 9)}")}
+        | {side: chat("assistant", text) for side, text in pair.items()}
+        for number, pair in enumerate(pairs)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = "{% for message in messages %}I {{ message.content }} and {% endfor %}"
+    tokenizer.save_pretrained(chat_model)
+    Path("heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model.path": chat_model, "model.lora": lora, "data.heldout": "heldout.jsonl", "training.max_steps": 2}
+    assert stage("reward-model", rows, **keys) == 0
+    folder = "run/adapter" if lora != "null" else "run/model"
+    prompts = [row["prompt"][0]["content"] for row in rows]
+    good, bad = (score([row[side][0]["content"] for row in rows], folder, prompts) for side in ("chosen", "rejected"))
+    after = evaluation()["after"]
+    assert after["margin"] == pytest.approx((good - bad).mean().item(), abs=1e-5)
+    assert after["reward_mean"] == pytest.approx(torch.cat([good, bad]).mean().item(), abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits(stage, pairs, models):
