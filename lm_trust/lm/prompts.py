@@ -63,6 +63,11 @@ class Prompts:
         """Prompt `index` as messages; None where it is a plain text."""
         return None if self.chats is None else self.chats[index]
 
+    @property
+    def all_chats(self) -> bool:
+        """Whether every prompt is one of messages."""
+        return self.chats is not None and None not in self.chats
+
     def whole(self, index: int) -> str:
         """All of prompt `index` as one string, by which prompts are the same or not."""
         chat = self.chat(index)

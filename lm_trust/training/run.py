@@ -82,6 +82,7 @@ def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
             if resume is not None:
                 folder.forget_after(trainer.iteration)
             folder.write_config(dump(config))
+            folder.note_chats(world.kind == "language" and trainer.task.training.prompts.all_chats)
         noting = Recorder(config, world, folder, resumed=resume is not None) if first else nullcontext()
         with noting as recorder, Interruption() as interruption:
             if world.kind == "language" and trainer.iteration == 0:
@@ -145,7 +146,8 @@ def generate(
 ) -> int:
     """Print completions of a prompt by a run's last policy, by its best one, or by its frozen reference.
 
-    The prompt is put as training put a row's text: into its template and the model's chat template where it used them.
+    The prompt is put as training put a row's text: into its template and the model's chat template where it used them,
+    as a user's only message where its rows were chats.
 
     Raises:
         UserError: the folder is not that of a language run, or the prompt does not fit the model.
@@ -170,7 +172,8 @@ def generate(
     limit = max_new_tokens or config.rollout.max_new_tokens
     tokenizer, context, vocabulary = build_tokenizer(config)
     template = getattr(config.prompts, "template", None)  # what training made of a problem, or of a row's text
-    typed = typed_prompt(prompt if template is None else fill(template, prompt), chat=config.prompts.chat)
+    chat = config.prompts.chat or RunFolder(run).noted_chats
+    typed = typed_prompt(prompt if template is None else fill(template, prompt), chat=chat)
     _, ids = encode(tokenizer, typed, context=context, vocabulary=vocabulary, max_new_tokens=limit)
     policy = build_language_policy(config)
     load_trained(policy, (best_folder(run) if best else run) / trained_name(policy))
@@ -184,7 +187,7 @@ def generate(
             generator=make_generator(config.seed if seed is None else seed, "generate"),
         )
     for text in decode(tokenizer, completions):
-        print(text if config.prompts.chat else prompt + text)  # an answer, or the text gone on with
+        print(text if chat else prompt + text)  # an answer, or the text gone on with
     return 0
 
 

@@ -2,8 +2,8 @@
 
 config.yaml (resolved), metrics.jsonl (a line an iteration), evaluations.jsonl (a line a periodic evaluation),
 evaluation.json (held out, before and after), learning_curve.png, checkpoints/, completions/ (language: tables of what
-the policy wrote), the trained policy and, under best/, the one of the best evaluation. Other modules add monitor.csv
-(control: a line an episode) and tensorboard/.
+the policy wrote), prompts.json (language: where the prompts were chats), the trained policy and, under best/, the one
+of the best evaluation. Other modules add monitor.csv (control: a line an episode) and tensorboard/.
 """
 
 from __future__ import annotations
@@ -87,6 +87,18 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """The resolved configuration."""
         self.replace("config.yaml", text)
+
+    def note_chats(self, chats: bool) -> None:
+        """Whether all prompts were chats, which a configuration alone does not tell: rows may hold messages."""
+        if chats:
+            self.replace("prompts.json", json_text({"chat": True}))
+        else:
+            (self.path / "prompts.json").unlink(missing_ok=True)
+
+    @property
+    def noted_chats(self) -> bool:
+        """What `note_chats` noted."""
+        return (self.path / "prompts.json").is_file()
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers that are not finite become null."""

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 import lm_trust
 from lm_trust.cli import main
 from lm_trust.errors import UserError
+from lm_trust.lm import generation
 from lm_trust.lm.rows import BadRows
 from lm_trust.training.build import _prompts, build_world
 from lm_trust.training.config_file import load_config
@@ -59,6 +60,16 @@ def write(tmp_path, monkeypatch, models):
     return config
 
 
+@pytest.fixture
+def sampled(monkeypatch):
+    """The token ids of the prompts that the commands have sampled completions of."""
+    seen, sample = [], generation.sample_completions
+    monkeypatch.setattr(
+        generation, "sample_completions", lambda policy, ids, **o: seen.extend(ids) or sample(policy, ids, **o)
+    )
+    return seen
+
+
 def task_of(path):
     return build_world(load_config(path)).trainer.task
 
@@ -104,7 +115,20 @@ def test_a_chat_is_trained_on_and_generated_from_by_one_template(write, capsys):
     assert "prompt, row 1: a message spells the special token '<eos>'" in capsys.readouterr().err
 
 
-def test_generate_puts_a_problem_into_the_runs_templates(write, capsys, monkeypatch):
+@pytest.mark.parametrize(("row", "put"), [([{"role": "user", "content": "a film"}], "we saw {} but it"), ("I", "{}")])
+def test_generate_follows_the_rows_where_the_configuration_does_not_tell(write, sampled, capsys, row, put):
+    rows = [[{"role": "user", "content": "the film"}], row]
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    assert main(["train", write(prompts={"path": "p.jsonl", "heldout": "p.jsonl"})]) == 0
+    Path("p.jsonl").unlink()
+    sampled.clear()
+    capsys.readouterr()
+    assert main(["generate", "run", "the plot"]) == 0
+    assert AutoTokenizer.from_pretrained("chatty").decode(sampled[0]) == put.format("the plot")
+    assert capsys.readouterr().out.startswith("the plot") == (put == "{}")  # answers alone, of a chat
+
+
+def test_generate_puts_a_problem_into_the_runs_templates(write, sampled):
     pytest.importorskip("reasoning_gym")
     prompts = {
         "kind": "reasoning_gym",
@@ -119,14 +143,9 @@ def test_generate_puts_a_problem_into_the_runs_templates(write, capsys, monkeypa
     assert (len(task.training.ids), len(task.heldout.ids)) == (8, 4)
     assert not set(task.training.prompts.texts) & set(task.heldout.prompts.texts)
     assert main(["train", path]) == 0
-    import lm_trust.lm.generation as generation
-
-    seen, sample = [], generation.sample_completions
-    monkeypatch.setattr(
-        generation, "sample_completions", lambda policy, ids, **o: seen.extend(ids) or sample(policy, ids, **o)
-    )
+    sampled.clear()
     assert main(["generate", "run", "film"]) == 0
-    assert task.tokenizer.decode(seen[0]) == "we saw the film is but it"
+    assert task.tokenizer.decode(sampled[0]) == "we saw the film is but it"
 
 
 def test_a_model_without_a_template_is_refused_before_it_is_loaded(write, capsys):
