@@ -237,8 +237,21 @@ def context_length(path: str, *, revision: str | None = None, trust_remote_code:
     Raises:
         UserError: the configuration cannot be loaded.
     """
+    return _positions(_text_config(path, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def sampling_length(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """Positions up to which the model is one distribution, read likewise; None: no limit.
+
+    Beyond the original ones longrope (Phi-3's) turns every position of a pass by other frequencies, as soon as the
+    pass's longest row is there. Tokens would be drawn by some and scored by others, and rows depend on their batch.
+
+    Raises:
+        UserError: the configuration cannot be loaded.
+    """
     config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else _positions(config)
 
 
 def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
@@ -249,6 +262,10 @@ def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code
     """
     config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
     return getattr(config, "vocab_size", None)
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

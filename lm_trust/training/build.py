@@ -81,17 +81,17 @@ def _check_processes(config: Config) -> None:
 
 
 def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, int | None, int | None]:
-    """The model's tokenizer, how many positions the model has and how many tokens it knows (None: it does not say).
+    """The model's tokenizer, its positions to sample in and how many tokens it knows (None: it does not say).
 
     The model is not loaded.
 
     Raises:
         UserError: they cannot be loaded.
     """
-    from lm_trust.lm.loading import context_length, load_tokenizer, vocabulary_size
+    from lm_trust.lm.loading import load_tokenizer, sampling_length, vocabulary_size
 
     path, source = config.model.path, _source(config)
-    return load_tokenizer(path, **source), context_length(path, **source), vocabulary_size(path, **source)
+    return load_tokenizer(path, **source), sampling_length(path, **source), vocabulary_size(path, **source)
 
 
 def build_language_policy(config: LanguageConfig) -> CausalPolicy:

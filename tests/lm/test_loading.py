@@ -19,6 +19,7 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
+    Phi3Config,
 )
 
 from lm_trust.errors import UserError
@@ -29,6 +30,7 @@ from lm_trust.lm.loading import (
     load_policy,
     load_tokenizer,
     prepare_base,
+    sampling_length,
 )
 from lm_trust.lm.policy import TokenObservations
 from lm_trust.lm.saving import load_trained, save_adapter, save_trained
@@ -113,6 +115,34 @@ def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
 def test_the_context_is_read_without_the_model(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path)
     assert context_length(str(tmp_path)) == 64
+
+
+def longrope(folder, original):
+    """A tiny model as Phi-3's long ones are: other frequencies for a whole pass that goes beyond `original`."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    config = Phi3Config(
+        max_position_embeddings=64,
+        original_max_position_embeddings=original,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+        initializer_range=0.25,
+        **SMALL,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def test_positions_that_longrope_turns_otherwise_are_not_sampled_in(tmp_path, model_folder):
+    folder = longrope(tmp_path, original=16)
+    assert (context_length(folder), sampling_length(folder)) == (64, 16)
+    assert sampling_length(str(model_folder)) == 64
+    policy = load_policy(folder, r=2, targets=["qkv_proj"])
+    ids = torch.arange(3, 20).unsqueeze(0)
+    within, beyond = (
+        policy.hidden_states(TokenObservations(ids[:, :length], torch.ones(1, length, dtype=torch.bool), 1))[:, :10]
+        for length in (16, 17)
+    )
+    assert (within - beyond).abs().max() > 0.1  # what the first tokens are scored by depends on how many follow
 
 
 def test_the_language_model_of_a_multimodal_one(tmp_path):

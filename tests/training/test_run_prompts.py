@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import write_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Phi3Config
 
 import lm_trust
 from lm_trust.cli import main
@@ -82,6 +82,17 @@ def test_a_token_that_the_model_has_no_embedding_of_is_refused_before_it_loads(w
     shutil.copy(models / "plain" / "config.json", "grown")
     Path("p.jsonl").write_text('{"prompt": "the film"}\n{"prompt": "the [X]"}\n')
     with pytest.raises(UserError, match=r"p\.jsonl, line 2: the prompt has token 22, .* has 22 embeddings"):
+        build_world(load_config(path))
+
+
+def test_a_prompt_beyond_longropes_original_positions_is_refused_before_the_model_loads(write, models):
+    path = write(model={"path": "long"}, prompts={"path": "p.jsonl", "heldout": "p.jsonl"})
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [3.0]}
+    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": 10, "vocab_size": 22}
+    AutoTokenizer.from_pretrained(models / "plain").save_pretrained("long")
+    Phi3Config(rope_parameters=rope, hidden_size=8, num_attention_heads=4, **sizes).save_pretrained("long")
+    Path("p.jsonl").write_text(json.dumps({"prompt": "the " * 8}) + "\n")
+    with pytest.raises(UserError, match="8 tokens and max_new_tokens 3 exceed the model's context of 10 tokens"):
         build_world(load_config(path))
 
 
