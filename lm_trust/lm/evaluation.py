@@ -47,8 +47,8 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
     """Exact KL(policy || reference) in nats per sequence, and the completions' perplexity under the untouched base.
 
     The KL of a step is over the whole vocabulary; a sequence's is the sum over its steps, in states that the policy
-    visited. Perplexity is exp of the mean negative log-likelihood a token, at the sampling temperature. Both are of the
-    completions of all processes.
+    visited. Perplexity is exp of the mean negative log-likelihood a token, at the sampling temperature; infinite where
+    that is beyond all floats, as a low temperature makes it. Both are of the completions of all processes.
     """
     mask, tokens = completions.mask, completions.tokens
     own = policy.distribution(completions.observations)
@@ -60,7 +60,8 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
         with policy.as_base():
             base = policy.distribution(completions.observations)
     kl = torch.where(mask, own.kl(reference), 0.0).sum(-1)
-    return {"reference_kl": mean(kl), "perplexity": math.exp(-mean(base.log_prob(tokens), mask))}
+    nats = torch.tensor(-mean(base.log_prob(tokens), mask), dtype=torch.float64)
+    return {"reference_kl": mean(kl), "perplexity": nats.exp().item()}
 
 
 def evaluation_record(

@@ -81,6 +81,11 @@ def test_a_policy_at_its_start_is_no_nat_away(make_policy, tokenizer, lm):
     assert found["reference_kl"] == pytest.approx(0, abs=1e-10)
 
 
+def test_a_perplexity_beyond_all_floats_ends_nothing(policy, tokenizer, lm):
+    policy.temperature = 1e-4
+    assert divergence_and_perplexity(policy, lm.sample(policy, tokenizer))["perplexity"] == math.inf
+
+
 def test_a_record_holds_every_sample(make_policy, tokenizer, lm):
     policy = make_policy()
     completions = lm.sample(policy, tokenizer)
