@@ -95,8 +95,8 @@ def load_classifier(section: Any, *, key: str, device: torch.device | str) -> Cl
         key: the section's place in the configuration, such as `rewards[0]`, which errors name.
 
     Raises:
-        UserError: there is no classifier at the path, its head was never trained, it has no such label, or it cannot
-            read what it is to.
+        UserError: there is no classifier at the path, its head was never trained, it has no such label, its scores
+            change with padding, or it cannot read what it is to.
     """
     folder = Path(section.path).expanduser()
     place = {"key": f"{key}.path", "revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -110,6 +110,7 @@ def load_classifier(section: Any, *, key: str, device: torch.device | str) -> Cl
                 "which would be random; give a model that was trained to classify (lm-trust reward-model makes one)"
             )
         text_model = with_tokenizer(model, section.path, **place)
+    _check_padding(text_model, key)
     reads = _reads(text_model, section.reads, key)
     return Classifier(
         _as_trained(text_model, reads),
@@ -178,6 +179,20 @@ def _replaced(model: PeftModel) -> tuple[str, ...]:
     """Names of the modules whose trained copies the adapter holds, as the base names them."""
     base = model.get_base_model()
     return tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "modules_to_save"))
+
+
+def _check_padding(text_model: TextModel, key: str) -> None:
+    """See on short texts that a score is a text's own, whatever stands beside it in a batch.
+
+    Raises:
+        UserError: it is not, as where the score is taken from a padded column (XLNet).
+    """
+    alone, among = (
+        text_model.run(texts, len(texts), lambda output, _: output.logits)[0] for texts in (["a"], ["a", "a a a a"])
+    )
+    if not torch.allclose(alone, among, rtol=1e-3, atol=1e-3):
+        name = type(text_model.model).__name__
+        raise UserError(f"{key}.path: {name} scores a text otherwise where padding follows it; give another classifier")
 
 
 def _reads(text_model: TextModel, reads: str, key: str) -> str:

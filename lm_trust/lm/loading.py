@@ -265,7 +265,8 @@ def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code
 
 
 def _positions(config: PreTrainedConfig) -> int | None:
-    return getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    return positions if positions > 0 else None  # XLNet's -1 is no limit
 
 
 def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

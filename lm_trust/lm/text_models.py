@@ -155,8 +155,8 @@ def with_tokenizer(
 def context_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens that the model can read; None where neither it nor its tokenizer sets a limit."""
     limits = [tokenizer.model_max_length]  # an astronomic number where it is not set
-    if positions := getattr(model.config.get_text_config(), "max_position_embeddings", None):
-        limits.append(positions)
+    if (positions := getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) > 0:
+        limits.append(positions)  # -1 is no limit for XLNet
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             # RoBERTa and its like count positions from behind the pad token's number.

@@ -17,6 +17,7 @@ from transformers import (
     BertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    XLNetConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -200,6 +201,15 @@ def test_robertas_context_is_what_is_left_of_its_positions(tmp_path):
     assert classifier.text_model.context == 23
     scores = classifier(["the film " * 40, "a"], [" good", ""])
     assert all(math.isfinite(score) for score in scores)
+
+
+def test_a_score_that_changes_with_padding_is_refused(tmp_path):
+    """XLNet's is taken from the last column; and its configuration says that it has -1 positions."""
+    encoder(tmp_path)
+    config = XLNetConfig(vocab_size=len(WORDS) + 4, d_model=32, n_layer=2, n_head=4, d_inner=48, initializer_range=0.25)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^rewards\[1\]\.path: XLNet.* scores a text otherwise where padding follows"):
+        load(tmp_path)
 
 
 def test_no_texts_have_no_scores_and_the_name_is_the_metrics(bert):

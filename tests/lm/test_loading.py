@@ -20,6 +20,7 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3Config,
     Phi3Config,
+    XLNetConfig,
 )
 
 from lm_trust.errors import UserError
@@ -115,6 +116,11 @@ def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
 def test_the_context_is_read_without_the_model(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path)
     assert context_length(str(tmp_path)) == 64
+
+
+def test_a_negative_number_of_positions_is_no_limit(tmp_path):
+    XLNetConfig().save_pretrained(tmp_path)
+    assert context_length(str(tmp_path)) is sampling_length(str(tmp_path)) is None
 
 
 def longrope(folder, original):
