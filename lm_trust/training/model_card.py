@@ -27,14 +27,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 {imports}
 base = {base}
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained(base{options})
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base{options}), "path/to/this/folder")
 """
 _MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{options})
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{options})
 """
 
 
@@ -130,11 +130,15 @@ def _table(evaluation: Mapping[str, Mapping[str, Any] | None]) -> str:
 
 
 def _loading(config: LanguageConfig) -> str:
-    if config.model.lora is None:
-        return _MODEL
-    if config.model.path == BUNDLED_MODEL:
-        return _ADAPTER.format(imports="\nfrom lm_trust.lm.smollm2 import smollm2_folder\n", base="smollm2_folder()")
-    return _ADAPTER.format(imports="", base=repr(config.model.path))
+    model = config.model
+    trusted = ", trust_remote_code=True" if model.trust_remote_code else ""
+    if model.lora is None:
+        return _MODEL.format(options=trusted)
+    if model.path == BUNDLED_MODEL:
+        imports = "\nfrom lm_trust.lm.smollm2 import smollm2_folder\n"
+        return _ADAPTER.format(imports=imports, base="smollm2_folder()", options="")
+    revision = f", revision={model.revision!r}" if model.revision else ""
+    return _ADAPTER.format(imports="", base=repr(model.path), options=revision + trusted)
 
 
 def _code(text: str) -> str:

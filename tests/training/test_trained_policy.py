@@ -179,6 +179,17 @@ def test_nothing_in_a_config_breaks_the_card(run):
     assert outside.count("</details>") == 1
 
 
+def test_the_card_loads_the_base_as_training_did(run):
+    folder, name = run
+    config = load_config(folder / "config.yaml")
+    given = {"path": "org/base", "revision": "step1000", "trust_remote_code": True}
+    config = config.model_copy(update={"model": config.model.model_copy(update=given)})
+    text = model_card(config, json.loads((folder / "evaluation.json").read_text()), picture="x.png")
+    calls = re.findall(r"Auto\w+\.from_pretrained\((\w+|\".*?\"), (.*?)\)", text)
+    options = "revision='step1000', trust_remote_code=True" if name == "adapter" else "trust_remote_code=True"
+    assert [said for _, said in calls] == [options] * 2
+
+
 @pytest.mark.parametrize(
     ("path", "base"),
     [("openai-community/gpt2", "openai-community/gpt2"), ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")],
