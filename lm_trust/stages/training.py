@@ -72,6 +72,7 @@ def prepare(config: StageConfig, load: Callable[..., tuple[Examples, Examples]])
     torch.use_deterministic_algorithms(True, warn_only=True)
     source = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = load_tokenizer(config.model.path, **source)
+    _leave_texts_open(tokenizer, config.model.path)
     training, heldout = load(config.data, tokenizer, config.seed)
     # Rows of like length together, for less padding; their order changes nothing.
     counted = range(min(len(heldout), config.evaluation.count))
@@ -79,6 +80,25 @@ def prepare(config: StageConfig, load: Callable[..., tuple[Examples, Examples]])
     context = context_length(config.model.path, **source)
     length = config.training.max_length if context is None else min(config.training.max_length, context)
     return Prepared(console, tokenizer, training, heldout, length, source)
+
+
+def _leave_texts_open(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Have the tokenizer end no text by itself: trl does, and a prompt that ends is no beginning of its completion.
+
+    Raises:
+        UserError: it cannot be told to.
+    """
+    row = tokenizer("a", return_special_tokens_mask=True)
+    ids, added = row["input_ids"], row["special_tokens_mask"]
+    if not added[-1]:
+        return
+    # Both: to set one makes transformers forget what else the tokenizer adds.
+    tokenizer.add_bos_token, tokenizer.add_eos_token = ids[0] == tokenizer.bos_token_id, False
+    if tokenizer("a")["input_ids"] != ids[:-1]:
+        raise UserError(
+            f"model.path: the tokenizer of {path!r} puts tokens behind every text ({tokenizer.decode(ids[-1:])}); "
+            "a stage ends texts itself: give a tokenizer that leaves them open"
+        )
 
 
 def trainer_settings(config: StageConfig, output: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import WORDS
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from lm_trust.training.config_file import load_config
 from lm_trust.training.config_stages import SftConfig
@@ -72,6 +74,31 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learnt(stage, evaluati
     rows = [{"prompt": "I saw the", "completion": f" film {word}"} for word in ("good", "bad", "dull", "bright")]
     assert stage("sft", rows, **{"training.max_steps": 1, "training.batch_size": 2}) == 0
     assert evaluation()["before"]["tokens"] == 3  # film, its quality, the end
+
+
+def around(folder, target, single):
+    """The model with a tokenizer that puts tokens around every text by itself; the first word stands for a start."""
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(target, bos_token=WORDS[0])
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in single.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize("single", ["$A <eos>", "the $A <eos>"])
+def test_a_tokenizer_that_ends_texts_by_itself_has_one_end_learnt(stage, models, tmp_path, evaluation, lines, single):
+    keys = {"model.path": around(models(), tmp_path / "ended", single), "training.max_steps": 1}
+    rows = [{"prompt": "I saw", "completion": f" film {word}"} for word in ("good", "bad", "dull", "bright")]
+    assert stage("sft", rows, **keys, **{"training.batch_size": 2}) == 0
+    assert evaluation()["before"]["tokens"] == 3
+    assert lines()[0]["tokens"] == 2 * (4 + single.count(" "))  # the start stays
+
+
+def test_a_tokenizer_that_cannot_leave_texts_open_is_refused(stage, models, texts, tmp_path, capsys):
+    model = around(models(), tmp_path / "wrapped", "good $A bad")
+    assert stage("sft", texts, **{"model.path": model}) == 2
+    assert "model.path: the tokenizer of" in (told := capsys.readouterr().err) and "behind every text (bad)" in told
 
 
 def test_chat_messages_are_learnt_as_the_template_writes_them(stage, chat_model, evaluation):
