@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import nn
@@ -172,10 +172,15 @@ def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = 
         keep_reference: load the frozen copy as well; without it the reference is the base.
 
     Raises:
-        UserError: the folder holds no adapter that fits the base.
+        UserError: the folder holds no adapter that fits the base, or one that does not act inside its layers alone.
     """
     try:
         local = str(adapter_folder(folder))
+        if _acts_elsewhere(PeftConfig.from_pretrained(local)):
+            raise UserError(
+                f"adapter {str(folder)!r} acts elsewhere than in the model's own layers, as aLoRA, layer_replication "
+                "and adaption prompts do; give a plain LoRA"
+            )
         with quiet():
             model = PeftModel.from_pretrained(base, local, is_trainable=True)
         if keep_reference:
@@ -313,3 +318,12 @@ def wrapped_by_adapter(module: nn.Module) -> bool:
 def _changes_head(model: PeftModel) -> bool:
     """Whether an adapter sits on the output embedding: scores go through its frozen weight and would pass it by."""
     return wrapped_by_adapter(model.get_base_model().get_output_embeddings())
+
+
+def _acts_elsewhere(config: PeftConfig) -> bool:
+    """Whether an adapter also acts around the model or on which layers it has: a policy computes with the model itself.
+
+    Such an adapter would be left out in part, or make the start another policy than the reference.
+    """
+    settings = ("alora_invocation_tokens", "layer_replication")
+    return config.peft_type == PeftType.ADAPTION_PROMPT or any(getattr(config, name, None) for name in settings)

@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters: what loads, what is refused and by which words, and what is written."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -401,6 +402,23 @@ def test_an_adapter_on_the_output_head_is_refused(model_folder, architecture, lm
     )
     with pytest.raises(UserError, match="changes the output head"):
         load_policy(str(model_folder), adapter=tmp_path / "adapter")
+
+
+ELSEWHERE = {
+    "aLoRA": LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"),
+    "layer_replication": LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]]),
+    "adaption prompt": AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_adapter_that_acts_elsewhere_than_in_the_layers_is_refused(name, model_folders, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folders("llama"))
+    get_peft_model(base, copy.deepcopy(ELSEWHERE[name])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"^adapter .* acts elsewhere than in .* layers") as error:
+        load_policy(str(model_folders("llama")), adapter=tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in one_line(error)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["empty", "absent"])
