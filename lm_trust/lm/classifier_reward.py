@@ -28,9 +28,9 @@ from transformers import AutoModelForSequenceClassification
 
 from lm_trust.errors import UserError
 from lm_trust.lm.loading import check_holds_adapter
-from lm_trust.lm.pretrained import SMOLLM2, first_line, quiet
+from lm_trust.lm.pretrained import first_line, quiet
 from lm_trust.lm.prompts import user_chat
-from lm_trust.lm.smollm2 import FOLDER
+from lm_trust.lm.smollm2 import FOLDER, SMOLLM2
 from lm_trust.lm.text_models import TextModel, load_model, with_tokenizer
 
 TRAINED_ON_CHATS = "trained_on_chats"  # in the tokenizer's configuration, which stays beside the weights everywhere

@@ -15,9 +15,8 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from lm_trust.errors import UserError
-from lm_trust.lm.smollm2 import smollm2_folder
+from lm_trust.lm.smollm2 import SMOLLM2, smollm2_folder
 
-SMOLLM2 = "smollm2-135m"
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 

