@@ -32,6 +32,7 @@ from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
 from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
 from lm_trust.lm.sharding import shard
+from lm_trust.lm.text_models import load_model
 
 
 def load_tokenizer(
@@ -77,17 +78,14 @@ def load_base(
     Raises:
         UserError: it cannot be loaded, its weights are in a pickle file, or `prepare_base` refuses it.
     """
-    source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
-    if "local_files_only" in options:
-        refuse_pickle(Path(source), "model.path")
-    try:
-        with quiet(bars="local_files_only" not in options, reports=False):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
-            )
-    except Exception as error:
-        raise UserError(f"model.path: no language model could be loaded from {path!r}: {first_line(error)}") from error
-    lacking = sorted(report["missing_keys"])
+    model, lacking = load_model(
+        AutoModelForCausalLM,
+        path,
+        key="model.path",
+        device="cpu",
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     if lacking:
         raise UserError(f"model.path: {path!r} lacks weights of the model, {lacking[0]} for one; they would be random")
     return prepare_base(model).to(device)
@@ -121,6 +119,7 @@ def attach_adapter(
     seed: int = 0,
     name: str = "default",
     revision: str | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftModel:
     """Put a fresh LoRA adapter on the base (Hu et al. 2021): B starts at zero, so the policy starts as the base.
 
@@ -131,13 +130,14 @@ def attach_adapter(
         seed: of the initial A matrices; the caller's generators are left as they were.
         name: the adapter's.
         revision: of the base, which the adapter records.
+        task_type: peft's; for "SEQ_CLS" it trains and saves the classification head whole.
 
     Raises:
         UserError: the targets do not exist or include the output head, or peft knows none for this architecture.
     """
     conv1d = any(isinstance(module, Conv1D) for module in base.modules())
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=r,
         lora_alpha=alpha,
         target_modules=targets,

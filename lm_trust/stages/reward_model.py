@@ -14,23 +14,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
-from transformers.pytorch_utils import Conv1D
 from trl import RewardConfig as RewardArguments
 from trl import RewardTrainer
 
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
 from lm_trust.lm.classifier_reward import TRAINED_ON_CHATS
-from lm_trust.lm.pretrained import first_line, quiet
+from lm_trust.lm.loading import attach_adapter
 from lm_trust.lm.text_models import load_model
 from lm_trust.stages.curve import Panel
 from lm_trust.stages.data import load_pairs
 from lm_trust.stages.training import prepare, quiet_libraries, run_stage, trainer_settings
-from lm_trust.training.config_language import Lora
 from lm_trust.training.config_stages import RewardModelConfig
 from lm_trust.training.progress import format_number
 from lm_trust.training.run_folder import RunFolder
@@ -71,7 +68,13 @@ def reward_model(config: RewardModelConfig, output: Path) -> int:
     if config.model.lora is None:
         model.requires_grad_(True)
     else:
-        model = attach_reward_adapter(model, config.model.lora, seed=config.seed, revision=config.model.revision)
+        model = attach_adapter(
+            model,
+            **config.model.lora.model_dump(),
+            seed=stream_seed(config.seed, "stages.reward_adapter"),
+            revision=config.model.revision,
+            task_type="SEQ_CLS",
+        )
     folder = RunFolder(output)
     with quiet_libraries():
         arguments = RewardArguments(
@@ -123,32 +126,6 @@ def load_reward_base(
     if wanting:
         raise UserError(f"model.path: {path!r} holds no weights for {wanting[0]} of {type(model).__name__}")
     return model
-
-
-def attach_reward_adapter(base: nn.Module, lora: Lora, *, seed: int, revision: str | None = None) -> nn.Module:
-    """Put a fresh LoRA adapter on the base; peft trains and saves the head of a sequence classifier whole.
-
-    The adapter records the base's revision.
-
-    Raises:
-        UserError: the targets do not exist, or peft knows none for this architecture.
-    """
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=lora.targets,
-        lora_dropout=0.0,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-        revision=revision,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream_seed(seed, "stages.reward_adapter"))
-        try:
-            with quiet():
-                return get_peft_model(base, config)
-        except ValueError as error:
-            raise UserError(f"model.lora.targets: {first_line(error)}") from error
 
 
 @torch.no_grad()

@@ -343,7 +343,7 @@ def test_bad_targets_are_named_by_the_critics_key(make_policy, make_network, kin
 
 def test_a_missing_model_is_named_by_the_critics_key(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"^critic\.path: no language model"):
+    with pytest.raises(UserError, match=r"^critic\.path: no model could be"):
         model_critic(str(tmp_path / "empty"))
 
 
