@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -107,6 +108,18 @@ def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
     finally:
         for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
             _remove(leftover)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file within the context; by one rename it then becomes `path`, or nothing where that failed."""
+    temporary = path.with_name(f".{path.name}.tmp")  # readers of a folder pass over names that begin with a dot
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -32,7 +32,7 @@ from lm_trust.compare.figures_training import (
     runs_of,
 )
 from lm_trust.compare.words import knob_text
-from lm_trust.training.plots import write_atomically
+from lm_trust.verified_folder import replacing
 
 
 def write_page(report: Line, rows: pyarrow.Table, path: Path) -> None:
@@ -47,7 +47,8 @@ def write_page(report: Line, rows: pyarrow.Table, path: Path) -> None:
         OSError: it cannot be written.
     """
     # A text may hold half of a surrogate pair, which no encoding has.
-    write_atomically(Path(path), _page(report, rows).encode("utf-8", "replace"))
+    with replacing(path) as temporary:
+        temporary.write_bytes(_page(report, rows).encode("utf-8", "replace"))
 
 
 def _page(report: Line, rows: pyarrow.Table) -> str:

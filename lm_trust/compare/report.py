@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -22,6 +21,7 @@ from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump
 from lm_trust.training.config_yaml import write_yaml
 from lm_trust.training.run_folder import RunFolder, json_text, read_json
+from lm_trust.verified_folder import replacing
 
 REPORT, RESULTS, PAGE = "report.json", "results.parquet", "report.html"
 _GRID = 40  # KLs at which the frontier is drawn
@@ -81,10 +81,8 @@ def write_report(output: Path, report: dict[str, Any], rows: pyarrow.Table) -> N
     """
     folder = RunFolder(output)
     folder.replace(REPORT, json_text(report))
-    with folder.writing(RESULTS):
-        temporary = output / f".{RESULTS}.tmp"
+    with folder.writing(RESULTS), replacing(output / RESULTS) as temporary:
         parquet.write_table(rows, temporary)
-        os.replace(temporary, output / RESULTS)
 
 
 def read_report(output: Path) -> tuple[dict[str, Any], pyarrow.Table]:

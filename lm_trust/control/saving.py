@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lm_trust.errors import UserError
+from lm_trust.verified_folder import replacing
 
 
 def save_policy(policy: nn.Module, path: Path) -> None:
     """Write the policy's state, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, temporary)
 
 
 def load_policy(policy: nn.Module, path: Path) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lm_trust.training.plots import BLUE, INK, STYLE, tidy, write_atomically
+from lm_trust.training.plots import BLUE, INK, picture, tidy
 
 
 @dataclass(frozen=True)
@@ -40,11 +36,8 @@ def stage_curve(
         metrics: the lines of metrics.jsonl.
         evaluations: held-out evaluations with the `step` that each stands at.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 1 + 2.25 * len(panels)), dpi=200, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+    with picture(path, (8, 1 + 2.25 * len(panels)), title) as figure:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", parse_math=False)
         for axis, panel in zip(axes, panels, strict=True):
             tidy(axis)
             axis.set_ylabel(panel.label)
@@ -62,9 +55,6 @@ def stage_curve(
         axes[-1].set_xlim(left=0)
         axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
         figure.align_ylabels(axes)
-        picture = io.BytesIO()
-        canvas.print_png(picture, metadata={"Software": None})
-    write_atomically(path, picture.getvalue())
 
 
 def _draw_evaluations(axis: Axes, evaluations: Sequence[Mapping[str, Any]], panel: Panel) -> None:

@@ -6,7 +6,6 @@ Nothing is smoothed; a control run's `reward_mean` is a mean over its last finis
 from __future__ import annotations
 
 import difflib
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy.special import stdtrit
@@ -26,7 +23,7 @@ from lm_trust.errors import UserError
 from lm_trust.training.config import Config, ControlConfig
 from lm_trust.training.config_file import load_config
 from lm_trust.training.curve_groups import group_runs
-from lm_trust.training.plots import BLUE, GREEN, GREY, INK, PURPLE, STYLE, VERMILION, Line, tidy, write_atomically
+from lm_trust.training.plots import BLUE, GREEN, GREY, INK, PURPLE, VERMILION, Line, picture, tidy
 from lm_trust.training.progress import format_number
 from lm_trust.training.run_folder import RunFolder
 
@@ -93,7 +90,8 @@ def plot_runs(
         lines.append(_in_words(curve, x))
     x_label, y_label, environment = _words(configs.values(), metric, x)
     try:
-        write_atomically(output, _picture(curves, x_label, y_label, environment if title is None else title))
+        with picture(output, (8, 5), environment if title is None else title) as figure:
+            _draw_curves(figure, curves, x_label, y_label)
     except OSError as error:
         raise UserError(f"--output: {output} could not be written ({error})") from error
     return lines
@@ -188,31 +186,22 @@ def _words(configs: Iterable[Config], metric: str, x: XAxis) -> tuple[str, str, 
     return x_label, y_label, environments.pop() if len(environments) == 1 else ""
 
 
-def _picture(curves: Sequence[Curve], x_label: str, y_label: str, title: str) -> bytes:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.1)
-        if title:
-            figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", parse_math=False)
-        axis = figure.subplots()
-        tidy(axis)
-        for number, curve in enumerate(curves):
-            _draw(axis, curve, COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)])
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(y_label, parse_math=False)
-        if max(curve.x[-1] for curve in curves) >= 1000:  # below it half a second would be 500m
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlim(left=0)
-        legend = axis.legend(frameon=False, fontsize=9, loc="best", handlelength=1.6)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-        if any(curve.low is not None for curve in curves):
-            note = "lines: mean of the runs; bands: its 95 % interval"
-            figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.98, ha="right")
-        picture = io.BytesIO()
-        canvas.print_png(picture, metadata={"Software": None})
-    return picture.getvalue()
+def _draw_curves(figure: Figure, curves: Sequence[Curve], x_label: str, y_label: str) -> None:
+    axis = figure.subplots()
+    tidy(axis)
+    for number, curve in enumerate(curves):
+        _draw(axis, curve, COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)])
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label, parse_math=False)
+    if max(curve.x[-1] for curve in curves) >= 1000:  # below it half a second would be 500m
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlim(left=0)
+    legend = axis.legend(frameon=False, fontsize=9, loc="best", handlelength=1.6)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    if any(curve.low is not None for curve in curves):
+        note = "lines: mean of the runs; bands: its 95 % interval"
+        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.98, ha="right")
 
 
 def _draw(axis: Axes, curve: Curve, colour: str, dash: Any) -> None:

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from rich.text import Text
 from lm_trust.training.progress import format_number
 from lm_trust.training.run_folder import RunFolder
 from lm_trust.training.summary import WIDTH, visible
+from lm_trust.verified_folder import replacing
 
 SHOWN_PROMPT, SHOWN_COMPLETION = 60, 240  # characters
 
@@ -49,12 +49,8 @@ def write_completions(folder: RunFolder, iteration: int, samples: Samples) -> No
     path = folder.completions(iteration)
     count = len(samples["prompt"])
     table = pyarrow.table({"iteration": [iteration] * count, "sample": list(range(count)), **samples})
-    # Readers of the folder pass over names that begin with a dot.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with folder.writing(str(path.relative_to(folder.path))):
-        path.parent.mkdir(exist_ok=True)
+    with folder.writing(str(path.relative_to(folder.path))), replacing(path) as temporary:
         parquet.write_table(table, temporary)
-        os.replace(temporary, path)
 
 
 def show_completions(iteration: int, samples: Samples, count: int, console: Console) -> None:

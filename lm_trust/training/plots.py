@@ -5,19 +5,19 @@ Drawn with matplotlib's objects alone, so it needs no display and leaves a calle
 
 from __future__ import annotations
 
-import io
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from lm_trust.verified_folder import replacing
 
 # After Okabe and Ito: told apart with any kind of colour vision.
 BLUE, VERMILION, GREEN, PURPLE, INK, GREY = "#0072b2", "#d55e00", "#00785a", "#a9558a", "#262626", "#6b6b6b"
@@ -64,13 +64,9 @@ def learning_curve(
     """
     language = any("reference_kl" in line for line in metrics)
     step = "token" if language else "step"
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 7 if language else 5.25), dpi=200, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.1)
+    with picture(Path(path), (8, 7 if language else 5.25), title) as figure:
         ratios = [1.7, 1.0, 1.0] if language else [1.7, 1.0]
         axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
-        figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", parse_math=False)
         for axis in axes:
             tidy(axis)
         evaluated = "held out" if language else "evaluation"
@@ -82,9 +78,19 @@ def learning_curve(
         axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
         axes[-1].set_xlim(left=0)
         figure.align_ylabels(axes)
-        picture = io.BytesIO()
-        canvas.print_png(picture, metadata={"Software": None})
-    write_atomically(Path(path), picture.getvalue())
+
+
+@contextmanager
+def picture(path: Path, size: tuple[float, float], title: str) -> Iterator[Figure]:
+    """A figure to draw on within the context; then a PNG of 200 dots an inch, whole or not at all."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=200, layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.1)
+        if title:
+            figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", parse_math=False)
+        yield figure
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def tidy(axis: Axes) -> None:
@@ -207,14 +213,3 @@ def _moving_average(values: list[float], window: int) -> list[float]:
 def _say_nothing_known(axis: Axes) -> None:
     axis.set_yticks([])
     axis.text(0.5, 0.5, "no values", transform=axis.transAxes, ha="center", va="center", color=GREY)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the file, whole or not at all; its folder is made where it does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lm_trust.errors import UserError
+from lm_trust.verified_folder import replacing
 
 
 class RunFolder:
@@ -164,10 +165,8 @@ class RunFolder:
 
     def replace(self, name: str, text: str) -> None:
         """Write the file of that name, whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        with self.writing(name):
+        with self.writing(name), replacing(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path / name)
 
 
 def is_finished(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lm_trust.cli import main
 from lm_trust.errors import UserError
-from lm_trust.training import compare_curves
+from lm_trust.training import compare_curves, plots
 from lm_trust.training.compare_curves import group_curve, plot_runs
 from lm_trust.training.config_yaml import write_yaml
 
@@ -51,7 +51,7 @@ def draw(tmp_path, monkeypatch):
         figures.append(Figure(*args, **(kwargs | {"dpi": 50})))
         return figures[-1]
 
-    monkeypatch.setattr(compare_curves, "Figure", remember)
+    monkeypatch.setattr(plots, "Figure", remember)
 
     def call(*runs, **options):
         lines = plot_runs(runs, tmp_path / "out" / "curves.png", **options)

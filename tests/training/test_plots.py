@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from lm_trust import verified_folder
 from lm_trust.training import plots
 from lm_trust.training.plots import learning_curve
 
@@ -166,7 +167,7 @@ def test_the_file_is_replaced_whole_or_not_at_all(draw, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(plots.os, "replace", fail)
+        patch.setattr(verified_folder.os, "replace", fail)
         draw(metrics(9))
     assert (tmp_path / "curve.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
