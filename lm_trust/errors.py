@@ -7,3 +7,14 @@ class UserError(Exception):
     The message is one line. It names the file, key or sample that is at fault and says what to do.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def error_text(error: BaseException) -> str:
+    """An error in one line, with its kind where it is not a person's."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"

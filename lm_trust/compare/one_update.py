@@ -13,8 +13,7 @@ from typing import Any
 
 from lm_trust.compare.config import Candidate, require_comparable
 from lm_trust.compare.fresh_samples import fresh_gain, paired_improvement
-from lm_trust.compare.words import error_text
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, error_text
 from lm_trust.training.build import build_world
 from lm_trust.training.build_update import build_update
 from lm_trust.training.config import Config, LanguageConfig

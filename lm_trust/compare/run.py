@@ -11,7 +11,7 @@ from rich.console import Console
 from lm_trust.compare.config import Comparison
 from lm_trust.compare.report import PAGE, make_report, read_report, write_report
 from lm_trust.compare.running import check_free, check_unchanged, train_cells
-from lm_trust.compare.words import error_text
+from lm_trust.errors import error_text
 from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder, json_text, read_json
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lm_trust.errors import UserError
-
 
 def number_text(value: float) -> str:
     """Three digits, or all that are before the point."""
@@ -28,9 +26,3 @@ def cell_text(rule: str, value: float | None) -> str:
 def cell_name(rule: str, value: float | None, seed: int) -> str:
     """A cell, as in "trpo 0.02, seed 0"."""
     return f"{cell_text(rule, value)}, seed {seed}"
-
-
-def error_text(error: Exception) -> str:
-    """An error in one line, with its kind where it is not a person's."""
-    message = " ".join(str(error).split())
-    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

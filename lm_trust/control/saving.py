@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.verified_folder import replacing
 
 
@@ -27,5 +27,4 @@ def load_policy(policy: nn.Module, path: Path) -> None:
     try:
         policy.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: the policy could not be loaded: {reason}") from error
+        raise UserError(f"{path}: the policy could not be loaded: {first_line(error)}") from error

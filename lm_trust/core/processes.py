@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lm_trust.core.seeding import make_generator
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, error_text
 
 Value = TypeVar("Value")
 
@@ -137,7 +137,7 @@ def together(work: Callable[[], Value]) -> Value:
         result = work()
     except Exception as raised:
         error = raised
-    words = gathered(None if error is None else _in_words(error))
+    words = gathered(None if error is None else error_text(error))
     if error is not None:
         raise error
     for index, theirs in enumerate(words):
@@ -177,8 +177,3 @@ def _reduced(x: Tensor, operation: dist.ReduceOp) -> Tensor:
     sent = sent.contiguous()
     dist.all_reduce(sent, operation)
     return sent.to(x.device)
-
-
-def _in_words(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lm_trust.errors import UserError
-from lm_trust.lm.pretrained import first_line
+from lm_trust.errors import UserError, first_line
 
 
 @torch.no_grad()

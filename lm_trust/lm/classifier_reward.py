@@ -26,9 +26,9 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.lm.loading import check_holds_adapter
-from lm_trust.lm.pretrained import first_line, quiet
+from lm_trust.lm.pretrained import quiet
 from lm_trust.lm.prompts import user_chat
 from lm_trust.lm.smollm2 import FOLDER, SMOLLM2
 from lm_trust.lm.text_models import TextModel, load_model, with_tokenizer

@@ -26,11 +26,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lm_trust.core.seeding import stream_seed
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.lm.architecture_check import check_architecture
 from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
-from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
+from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
 from lm_trust.lm.sharding import shard
 from lm_trust.lm.text_models import load_model
 

@@ -81,8 +81,3 @@ def quiet(*, bars: bool = True, reports: bool = True) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if hidden:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.lm.generation import eos_ids
 from lm_trust.lm.loading import check_holds_adapter
 from lm_trust.lm.policy import CausalPolicy
-from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle
+from lm_trust.lm.pretrained import quiet, refuse_pickle
 from lm_trust.verified_folder import replace_folder
 
 ADAPTER, MODEL = "adapter", "model"

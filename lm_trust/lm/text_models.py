@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lm_trust.errors import UserError
-from lm_trust.lm.pretrained import first_line, quiet, refuse_pickle, source_of
+from lm_trust.errors import UserError, first_line
+from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
 
 
 @dataclass(frozen=True)

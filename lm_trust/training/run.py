@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from lm_trust.core.processes import in_the_first, process_index
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.launching import join_processes, leave_processes
 from lm_trust.training.best import best_folder
 from lm_trust.training.build import World, build_language_policy, build_tokenizer, build_world
@@ -231,8 +231,9 @@ def _restore(trainer: Trainer, checkpoints: Path) -> None:
     try:
         trainer.load_state_dict(state)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--resume: {checkpoints} is of another model or configuration ({reason})") from error
+        raise UserError(
+            f"--resume: {checkpoints} is of another model or configuration ({first_line(error)})"
+        ) from error
 
 
 def _check_length(config: Config, trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -98,7 +98,7 @@ class Trackers:
                     _add_hyperparameters(tracker.tracker, hyperparameters)
             except Exception as error:
                 self.close()
-                raise UserError(f"trackers: {name} could not be started ({_in_short(error)})") from error
+                raise UserError(f"trackers: {name} could not be started ({first_line(error)})") from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send the values to every tracker that still works."""
@@ -110,7 +110,7 @@ class Trackers:
                 logger.warning(
                     "the tracker %s failed (%s); the run goes on without it, metrics.jsonl is complete",
                     name,
-                    _in_short(error),
+                    first_line(error),
                 )
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                logger.warning("the tracker %s could not be closed (%s)", name, _in_short(error))
+                logger.warning("the tracker %s could not be closed (%s)", name, first_line(error))
 
 
 def _tensorboard(folder: Path, hyperparameters: Mapping[str, object], resume_at: int | None) -> GeneralTracker:
@@ -190,8 +190,3 @@ def _group(key: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, bool | int | float) and math.isfinite(value)
-
-
-def _in_short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
