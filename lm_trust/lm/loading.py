@@ -256,7 +256,8 @@ def sampling_length(path: str, *, revision: str | None = None, trust_remote_code
     """
     config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
     rope = getattr(config, "rope_parameters", None) or {}
-    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else _positions(config)
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return original or _positions(config)
 
 
 def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ def test_a_resumed_run_purges_what_it_does_again(run):
     for step in (1, 2, 3, 4):
         trackers.log({"a/b": step}, step)
     trackers.close()
+    time.sleep(1)  # TensorBoard reads files by their names' seconds, and then by a number that it sorts as a text
     trackers = Trackers(["tensorboard"], run, HYPERPARAMETERS, resume_at=3)
     for step in (3, 4, 5):
         trackers.log({"a/b": 10 * step}, step)
