@@ -60,6 +60,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
     return rest, overrides
 
 
+_Commands = argparse._SubParsersAction  # what `add_subparsers` returns
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of everything but overrides; wrong usage is a UserError."""
     parser = _Parser(
@@ -71,19 +74,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lm-trust {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    _add_train(commands)
+    _add_launch(commands)
+    _add_stages(commands)
+    _add_evaluate(commands)
+    _add_generate(commands)
+    _add_merge(commands)
+    _add_plot(commands)
+    _add_compare(commands)
+    _add_config(commands)
+    return parser
 
-    def command(name: str, summary: str, text: str, examples: str, usage: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=summary,
-            description=text,
-            epilog=examples,
-            usage=f"lm-trust {name} {usage}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
 
-    train = command(
+def _add_train(commands: _Commands) -> None:
+    train = _command(
+        commands,
         "train",
         "train as a config file says",
         texts.TRAIN,
@@ -100,7 +105,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--section.key", metavar="VALUE", dest="_override", help="set a key of the config, as often as needed"
     )
 
-    launched = command(
+
+def _add_launch(commands: _Commands) -> None:
+    launched = _command(
+        commands,
         "launch",
         "train in several processes",
         texts.LAUNCH,
@@ -113,14 +121,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     launched.add_argument("training", nargs=argparse.REMAINDER, metavar="train ...", help="as without launch")
 
+
+def _add_stages(commands: _Commands) -> None:
     for name, summary, text, examples in (
         ("sft", "fine-tune a language model on texts", texts.SFT, texts.SFT_EXAMPLES),
         ("reward-model", "train a reward model on preferences", texts.REWARD_MODEL, texts.REWARD_MODEL_EXAMPLES),
     ):
-        stage = command(name, summary, text, examples, "CONFIG [--output DIR] [--section.key VALUE ...]")
-        _add_config(stage, "run folder", "--section.key")
+        stage = _command(commands, name, summary, text, examples, "CONFIG [--output DIR] [--section.key VALUE ...]")
+        _add_config_file(stage, "run folder", "--section.key")
 
-    evaluate = command(
+
+def _add_evaluate(commands: _Commands) -> None:
+    evaluate = _command(
+        commands,
         "evaluate",
         "evaluate a trained policy",
         texts.EVALUATE,
@@ -144,7 +157,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--render", action="store_true", help="play the episodes of a control run in a window")
 
-    generate = command(
+
+def _add_generate(commands: _Commands) -> None:
+    generate = _command(
+        commands,
         "generate",
         "print completions by a trained language model",
         texts.GENERATE,
@@ -170,7 +186,10 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument("--best", action="store_true", help="by the policy of the run's best evaluation instead")
     which.add_argument("--reference", action="store_true", help="by the model that training started from instead")
 
-    merge = command(
+
+def _add_merge(commands: _Commands) -> None:
+    merge = _command(
+        commands,
         "merge",
         "write a run's model with its adapter merged",
         texts.MERGE,
@@ -181,7 +200,10 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", metavar="DIR", help="a new or empty folder (default: RUN/merged)")
     merge.add_argument("--best", action="store_true", help="the policy of the run's best evaluation, not its last")
 
-    plot = command(
+
+def _add_plot(commands: _Commands) -> None:
+    plot = _command(
+        commands,
         "plot",
         "draw learning curves of several runs",
         texts.PLOT,
@@ -200,25 +222,43 @@ def make_parser() -> argparse.ArgumentParser:
         "--x", choices=("steps", "iteration", "seconds"), default="steps", help="the other axis (default: steps)"
     )
 
-    compare = command(
+
+def _add_compare(commands: _Commands) -> None:
+    compare = _command(
+        commands,
         "compare",
         "compare update rules, matched by KL",
         texts.COMPARE,
         texts.COMPARE_EXAMPLES,
         "CONFIG [--output DIR] [--plot-only] [--key VALUE ...]",
     )
-    _add_config(compare, "its folder", "--key")
+    _add_config_file(compare, "its folder", "--key")
     compare.add_argument("--plot-only", action="store_true", help="make the page again from what is in the folder")
 
+
+def _add_config(commands: _Commands) -> None:
     worlds = ("language", "control", "compare", "sft", "reward-model")
-    config = command(
-        "config", "list the keys of a config", texts.CONFIG, texts.CONFIG_EXAMPLES, f"{{{','.join(worlds)}}}"
+    config = _command(
+        commands, "config", "list the keys of a config", texts.CONFIG, texts.CONFIG_EXAMPLES, f"{{{','.join(worlds)}}}"
     )
     config.add_argument("world", choices=worlds, help="the kind of run")
-    return parser
 
 
-def _add_config(parser: argparse.ArgumentParser, folder: str, key: str) -> None:
+def _command(
+    commands: _Commands, name: str, summary: str, text: str, examples: str, usage: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=examples,
+        usage=f"lm-trust {name} {usage}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_config_file(parser: argparse.ArgumentParser, folder: str, key: str) -> None:
     """CONFIG, its output folder, and the option that stands for all of its keys."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("--output", metavar="DIR", help=f"{folder} (default: runs/NAME for a CONFIG NAME.yaml)")
