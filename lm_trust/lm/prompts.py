@@ -22,12 +22,11 @@ from torch import Tensor
 from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
 from lm_trust.lm.rows import (
-    HALF_CHARACTER,
     BadRows,
     Row,
     good_rows,
-    half_a_character,
     kind_of,
+    messages_problem,
     missing_field,
     read_rows,
     text_problem,
@@ -140,31 +139,19 @@ def _problem(row: Row, field: str) -> str | None:
         return missing
     prompt = row[field]
     if isinstance(prompt, list):
-        words = _chat_problem(prompt)
-        return words and f"field {field!r} {words}"
+        return messages_problem(prompt, field) or _chat_problem(prompt, field)
     if not isinstance(prompt, str):
         return f"field {field!r} is {kind_of(prompt)}, not a string or a list of chat messages"
     return text_problem(row, field, "prompts.field")
 
 
-def _chat_problem(chat: list) -> str | None:
-    """What is wrong with a list of messages, if anything."""
-    if not chat:
-        return "is an empty list"
-    for number, message in enumerate(chat, start=1):
-        if not isinstance(message, dict):
-            return f"is a list of {kind_of(message)}, not of chat messages such as {user_chat('...')[0]}"
-        for name in ("role", "content"):
-            value = message.get(name)
-            if not isinstance(value, str):
-                return f"has no text under {name!r} in message {number} (it is {kind_of(value)})"
-            if half_a_character(value):
-                return f"holds, in message {number}, {HALF_CHARACTER}"
+def _chat_problem(chat: Chat, field: str) -> str | None:
+    """What is wrong with messages as a prompt, if anything."""
     if not any(message["role"] == "user" for message in chat):
-        return "holds no message with the role 'user'"
+        return f"field {field!r} holds no message with the role 'user'"
     if chat[-1]["role"] == "assistant":
-        return "ends with a message of the assistant; a prompt ends before the answer"
-    return None if _last_user_text(chat) else "has an empty last message of the user"
+        return f"field {field!r} ends with a message of the assistant; a prompt ends before the answer"
+    return None if _last_user_text(chat) else f"field {field!r} has an empty last message of the user"
 
 
 def _messages(chat: list) -> Chat:

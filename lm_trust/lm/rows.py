@@ -131,6 +131,23 @@ def text_problem(row: Row, field: str, key: str) -> str | None:
     return f"field {field!r} holds {HALF_CHARACTER}" if half_a_character(text) else None
 
 
+def messages_problem(messages: list[Any], field: str) -> str | None:
+    """What is wrong with a field that is a list of a chat's messages, if anything."""
+    if not messages:
+        return f"field {field!r} is an empty list"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            example = {"role": "user", "content": "..."}
+            return f"field {field!r} is a list of {kind_of(message)}, not of chat messages such as {example}"
+        for name in ("role", "content"):
+            value = message.get(name)
+            if not isinstance(value, str):
+                return f"field {field!r} has no text under {name!r} in message {number} (it is {kind_of(value)})"
+            if half_a_character(value):
+                return f"field {field!r} holds, in message {number}, {HALF_CHARACTER}"
+    return None
+
+
 HALF_CHARACTER = "half of a surrogate pair, which no tokenizer can read"
 
 

@@ -16,12 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
 from lm_trust.lm.rows import (
-    HALF_CHARACTER,
     BadRows,
     Row,
     good_rows,
-    half_a_character,
-    kind_of,
+    messages_problem,
     missing_field,
     read_rows,
     text_problem,
@@ -175,7 +173,7 @@ def _side_problem(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedToken
     """
     for column in columns:
         words = (
-            _messages_problem(row[column], column)
+            messages_problem(row[column], column)
             if isinstance(row.get(column), list)
             else text_problem(row, column, key)
         )
@@ -208,18 +206,3 @@ def _value(value: str | list[Row]) -> str | list[Row]:
 
 def _mixed(columns: tuple[str, ...]) -> str:
     return f"{' and '.join(columns)} must both be texts, or both lists of chat messages"
-
-
-def _messages_problem(messages: list[Any], column: str) -> str | None:
-    if not messages:
-        return f"field {column!r} is an empty list of messages"
-    for number, message in enumerate(messages, start=1):
-        at = f"message {number} of field {column!r}"
-        if not isinstance(message, dict):
-            return f"{at} is {kind_of(message)}, not an object of role and content"
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                return f"{at} has no text {name!r}"
-        if half_a_character(message["role"] + message["content"]):
-            return f"{at} holds {HALF_CHARACTER}"
-    return None

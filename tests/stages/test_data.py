@@ -90,8 +90,8 @@ def test_a_malformed_text_is_named_by_file_and_line(tmp_path, bad, words):
     ("messages", "words"),
     [
         ([], "field 'messages' is an empty list"),
-        (["hello"], "message 1 of field 'messages' is str"),
-        ([USER, {"role": "user"}], "message 2 of field 'messages' has no text 'content'"),
+        (["hello"], "field 'messages' is a list of str, not of chat messages"),
+        ([USER, {"role": "user"}], "field 'messages' has no text under 'content' in message 2"),
         ([{"role": "wizard", "content": "x"}], "chat template refuses its messages: no such role in a chat"),
     ],
 )
