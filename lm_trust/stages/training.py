@@ -90,7 +90,7 @@ def _leave_texts_open(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """
     row = tokenizer("a", return_special_tokens_mask=True)
     ids, added = row["input_ids"], row["special_tokens_mask"]
-    if not added[-1]:
+    if added[-1:] != [1]:  # or it knows no "a" and adds nothing
         return
     # Both: to set one makes transformers forget what else the tokenizer adds.
     tokenizer.add_bos_token, tokenizer.add_eos_token = ids[0] == tokenizer.bos_token_id, False

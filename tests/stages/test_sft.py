@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import WORDS
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lm_trust.training.config_file import load_config
 from lm_trust.training.config_stages import SftConfig
@@ -99,6 +101,16 @@ def test_a_tokenizer_that_cannot_leave_texts_open_is_refused(stage, models, text
     model = around(models(), tmp_path / "wrapped", "good $A bad")
     assert stage("sft", texts, **{"model.path": model}) == 2
     assert "model.path: the tokenizer of" in (told := capsys.readouterr().err) and "behind every text (bad)" in told
+
+
+def test_a_tokenizer_that_knows_few_characters_is_no_error(stage, models, tmp_path, evaluation):
+    model = shutil.copytree(models(), tmp_path / "digits")
+    digits = {str(digit): digit for digit in range(10)} | {"<eos>": 10}
+    core = Tokenizer(BPE(digits, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>").save_pretrained(model)
+    rows = [{"text": f"{number} and {number}"} for number in range(4)]
+    assert stage("sft", rows, **{"model.path": model, "training.max_steps": 1, "training.batch_size": 2}) == 0
+    assert evaluation()["before"]["tokens"] == 2  # a text's second digit, the end
 
 
 def test_chat_messages_are_learnt_as_the_template_writes_them(stage, chat_model, evaluation):
