@@ -32,7 +32,7 @@ from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
 from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
 from lm_trust.lm.sharding import shard
-from lm_trust.lm.text_models import load_model
+from lm_trust.lm.text_models import load_model, positions_of
 
 
 def load_tokenizer(
@@ -242,7 +242,7 @@ def context_length(path: str, *, revision: str | None = None, trust_remote_code:
     Raises:
         UserError: the configuration cannot be loaded.
     """
-    return _positions(_text_config(path, revision=revision, trust_remote_code=trust_remote_code))
+    return positions_of(_text_config(path, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def sampling_length(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
@@ -257,7 +257,7 @@ def sampling_length(path: str, *, revision: str | None = None, trust_remote_code
     config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    return original or _positions(config)
+    return original or positions_of(config)
 
 
 def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
@@ -268,11 +268,6 @@ def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code
     """
     config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
     return getattr(config, "vocab_size", None)
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    positions = getattr(config, "max_position_embeddings", None) or 0
-    return positions if positions > 0 else None  # XLNet's -1 is no limit
 
 
 def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lm_trust.errors import UserError, first_line
 from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
@@ -152,11 +152,17 @@ def with_tokenizer(
     return TextModel(model, tokenizer, pad_id, context_of(model, tokenizer))
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Positions that a text model has; None where its configuration sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    return positions if positions > 0 else None  # XLNet's -1 is no limit
+
+
 def context_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens that the model can read; None where neither it nor its tokenizer sets a limit."""
     limits = [tokenizer.model_max_length]  # an astronomic number where it is not set
-    if (positions := getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) > 0:
-        limits.append(positions)  # -1 is no limit for XLNet
+    if positions := positions_of(model.config.get_text_config()):
+        limits.append(positions)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             # RoBERTa and its like count positions from behind the pad token's number.
