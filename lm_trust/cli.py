@@ -156,7 +156,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     run = _run_folder(parsed.run)
     load_config(run / "config.yaml", saved=True)  # here: a wrong file is told before anything heavy is imported
 
-    from lm_trust.training.run import evaluate
+    from lm_trust.training.trained import evaluate
 
     return evaluate(run, parsed.count, parsed.best, videos=parsed.videos, render=parsed.render)
 
@@ -171,7 +171,7 @@ def _generate(parsed: argparse.Namespace) -> int:
     if not parsed.prompt:
         raise UserError("PROMPT: must not be empty")
 
-    from lm_trust.training.run import generate
+    from lm_trust.training.trained import generate
 
     return generate(run, parsed.prompt, parsed.count, parsed.max_new_tokens, parsed.seed, parsed.reference, parsed.best)
 
@@ -181,7 +181,7 @@ def _merge(parsed: argparse.Namespace) -> int:
     if parsed.output == "":
         raise UserError("--output: must not be empty")
 
-    from lm_trust.training.run import merge
+    from lm_trust.training.trained import merge
 
     return merge(run, None if parsed.output is None else Path(parsed.output).expanduser(), parsed.best)
 

@@ -42,19 +42,20 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(folder, monkeypatch):
-    """What the runner was called with; it stands in for the module that imports torch."""
+    """What the runner was called with; it stands in for the modules that import torch."""
     record = []
 
     def taker(name, status):
         return lambda *arguments, **options: record.append((name, *arguments, *options.values())) or status
 
-    runner = types.ModuleType("lm_trust.training.run")
+    runner = types.ModuleType("runner")
     runner.train, runner.evaluate, runner.generate = (
         taker("train", 143),
         taker("evaluate", 0),
         taker("generate", 0),
     )
-    monkeypatch.setitem(sys.modules, "lm_trust.training.run", runner)
+    for name in ("run", "trained"):
+        monkeypatch.setitem(sys.modules, f"lm_trust.training.{name}", runner)
     return record
 
 
