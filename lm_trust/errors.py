@@ -9,6 +9,11 @@ class UserError(Exception):
     """
 
 
+def in_line(value: object) -> str:
+    """Its text without line breaks, which errors have, and arrays and the spaces that hold some."""
+    return " ".join(str(value).split())
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -16,5 +21,5 @@ def first_line(error: BaseException) -> str:
 
 def error_text(error: BaseException) -> str:
     """An error in one line, with its kind where it is not a person's."""
-    text = " ".join(str(error).split())
+    text = in_line(error)
     return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 
 
 def is_first_process() -> bool:
@@ -38,8 +38,7 @@ def join_processes() -> None:
     try:
         PartialState(cpu=not wants_gpu())
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the processes of the run cannot join each other: {reason}") from error
+        raise UserError(f"the processes of the run cannot join each other: {in_line(error)}") from error
 
 
 def leave_processes() -> None:

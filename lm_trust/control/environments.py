@@ -17,7 +17,7 @@ from lm_trust.control.processes import EnvironmentProcesses
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.processes import RowRange
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line, in_line
 from lm_trust.user_code import import_user_module
 
 
@@ -109,7 +109,7 @@ def _made(id: str, make: Callable[..., gymnasium.Env], arguments: dict[str, Any]
             raise
         raise UserError(
             f"environment {id}: MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} "
-            f"({' '.join(str(error).split())}); unset it, or set it to egl or osmesa and install that library "
+            f"({in_line(error)}); unset it, or set it to egl or osmesa and install that library "
             "(Debian: libegl1, libosmesa6)"
         ) from error
     if not isinstance(env, gymnasium.Env):
@@ -154,7 +154,7 @@ def _make_registered(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
         # The passive checker is for those who write environments, at a cost in every step.
         return gymnasium.make(id, disable_env_checker=True, **arguments)
     except (gymnasium.error.Error, ImportError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         if "mujoco" in text.lower() and importlib.util.find_spec("mujoco") is None:
             raise UserError(f"environment {id} needs MuJoCo: pip install 'lm-trust[mujoco]'") from error
         raise UserError(f"environment {id}: {text}") from error

@@ -30,7 +30,7 @@ from gymnasium.vector.utils import batch_space
 
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.processes import RowRange
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 
 # Compared in tests/control/test_envpool.py, each of them.
 CHECKED = (
@@ -127,5 +127,6 @@ def make_pool(
     except (TypeError, RuntimeError) as error:
         if not arguments:
             raise
-        text = str(error).splitlines()[0]
-        raise UserError(f"environment.arguments: envpool's {id} does not take {arguments}: {text}") from error
+        raise UserError(
+            f"environment.arguments: envpool's {id} does not take {arguments}: {first_line(error)}"
+        ) from error

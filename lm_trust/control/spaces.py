@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 
 _ZERO = np.int64(0)
 
@@ -120,8 +120,3 @@ def _one_hot(space: spaces.Discrete, name: str) -> Callable[[Any], np.ndarray]:
 def described(value: Any) -> str:
     """What an environment gave instead of what it should have given: value and type, in a line."""
     return f"{in_line(value)} ({type(value).__name__})"
-
-
-def in_line(value: Any) -> str:
-    """Its text without line breaks, as arrays and the spaces that hold some have."""
-    return " ".join(str(value).split())

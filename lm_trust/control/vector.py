@@ -18,10 +18,10 @@ import gymnasium
 import numpy as np
 import torch
 
-from lm_trust.control.spaces import action_space, described, in_line, observation_encoder
+from lm_trust.control.spaces import action_space, described, observation_encoder
 from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 
 
 class Transition(NamedTuple):

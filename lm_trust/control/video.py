@@ -26,7 +26,7 @@ import numpy as np
 
 from lm_trust.control.environments import make_environment
 from lm_trust.control.evaluation import Episode
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 
 _EXTRA = "pip install 'lm-trust[video]'"
 _NO_DISPLAY = "--render: this machine has no display that opens (DISPLAY); use --videos N to film episodes instead"
@@ -80,7 +80,7 @@ def film(id: str, arguments: dict[str, Any], episodes: Sequence[Episode], folder
                 finally:
                     unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"videos: {folder} could not be written ({_line(error)})") from error
+        raise UserError(f"videos: {folder} could not be written ({in_line(error)})") from error
 
 
 def open_window(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
@@ -187,7 +187,7 @@ def _ffmpeg() -> ModuleType:
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:  # RuntimeError: no ffmpeg
-        raise UserError(f"videos: films need imageio-ffmpeg ({_line(error)}): {_EXTRA}") from error
+        raise UserError(f"videos: films need imageio-ffmpeg ({in_line(error)}): {_EXTRA}") from error
     return imageio_ffmpeg
 
 
@@ -199,7 +199,7 @@ def _choose_mujoco_backend(id: str) -> None:
         import mujoco.egl  # noqa: F401
     except Exception as error:  # whatever the libraries below it raise
         raise UserError(
-            f"environment {id} cannot be filmed: there is no display and EGL does not load ({_line(error)}); install "
+            f"environment {id} cannot be filmed: there is no display and EGL does not load ({in_line(error)}); install "
             "it (Debian: apt install libegl1 libgl1), or libosmesa6 and set MUJOCO_GL=osmesa"
         ) from error
     os.environ["MUJOCO_GL"] = "egl"
@@ -254,12 +254,12 @@ def _telling(what: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        missing = _line(error).split(", run `pip")[0]  # gymnasium names its own extra
+        missing = in_line(error).split(", run `pip")[0]  # gymnasium names its own extra
         raise UserError(f"{what}: {missing}: {_EXTRA}") from error
     except Exception as error:
         given = os.environ.get("MUJOCO_GL")
         hint = f" (MUJOCO_GL is {given}; without a display, egl and osmesa draw)" if given else ""
-        raise UserError(f"{what}: {type(error).__name__}: {_line(error)}{hint}") from error
+        raise UserError(f"{what}: {type(error).__name__}: {in_line(error)}{hint}") from error
 
 
 def _warn(environment: str, consequence: str) -> None:
@@ -268,7 +268,3 @@ def _warn(environment: str, consequence: str) -> None:
         f"played again, so {consequence}",
         stacklevel=3,
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

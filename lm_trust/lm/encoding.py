@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 from lm_trust.lm.prompts import Chat, Prompts
 from lm_trust.lm.rows import BadRows
 
@@ -141,7 +141,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, special: list[str]
     try:
         return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
     except Exception as error:  # whatever a template raises: it is a program that came with the model
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_line(error)[:200] or type(error).__name__
         return f"the chat template does not take these messages: {reason}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers.utils.versions import require_version
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.lm.generation import GenerationEngine, sample_completions
 from lm_trust.lm.policy import CausalPolicy
 
@@ -25,8 +25,9 @@ def load_engine(name: str) -> GenerationEngine:
         try:
             require_version("transformers>=5.23")  # before it there was no seed, no log-probability or another cache
         except ImportError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"rollout.engine: continuous_batching needs a newer transformers ({reason})") from error
+            raise UserError(
+                f"rollout.engine: continuous_batching needs a newer transformers ({first_line(error)})"
+            ) from error
         from lm_trust.lm.continuous_batching import sample_continuously
 
         return sample_continuously

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lm_trust.core.seeding import make_generator, stream_seed
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 from lm_trust.lm.prompts import Prompts, user_chat
 
 INSTALL = "pip install 'lm-trust[reasoning]'"
@@ -104,5 +104,5 @@ def _draw(task: str, arguments: dict[str, Any], size: int, seed: int) -> list[di
     try:
         return list(reasoning_gym.create_dataset(task, size=size, seed=seed, **arguments))
     except Exception as error:  # each task checks its settings in its own way, some only when they make a problem
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_line(error)[:200] or type(error).__name__
         raise UserError(f"prompts.arguments: {task} does not take {arguments or 'no arguments'}: {reason}") from error

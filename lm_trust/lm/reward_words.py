@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lm_trust.errors import in_line
+
 
 def short(value: Any) -> str:
     """The value's repr on one line, cut in its middle to about 80 characters."""
@@ -21,7 +23,7 @@ def short(value: Any) -> str:
 def one_line(error: BaseException) -> str:
     """The error's type and the beginning of its message."""
     try:
-        text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(str(error).split()))
+        text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in in_line(error))
     except Exception:  # an error that fails to say what it is
         text = ""
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

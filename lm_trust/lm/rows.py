@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 
 Row = dict[str, Any]
 # What a reader yields for each row: its number from 1, and the row or a sentence that says why not.
@@ -236,7 +236,7 @@ def _json_row(line: bytes) -> Row | str:
     except json.JSONDecodeError as error:
         return f"not JSON: {error.msg} at column {error.colno}; the file holds one JSON object a line"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
-        return f"not JSON that can be read: {' '.join(str(error).split())[:200]}"
+        return f"not JSON that can be read: {in_line(error)[:200]}"
     return row if isinstance(row, dict) else f"a JSON {type(row).__name__} where an object was expected"
 
 
@@ -278,9 +278,7 @@ def _parquet_rows(source: str, path: Path) -> Rows:
     try:
         columns = pyarrow.parquet.read_table(path).to_pydict()
     except Exception as error:
-        raise UserError(
-            f"{source}: not a Parquet file that can be read: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UserError(f"{source}: not a Parquet file that can be read: {in_line(error)[:200]}") from error
     yield from _column_rows(columns)
 
 
@@ -310,7 +308,7 @@ def _dataset_rows(source: str, path: str, split: _Split) -> Rows:
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {in_line(error)[:200]}"
         what = "a dataset folder" if Path(path).is_dir() else "a local file, nor a dataset on the hub"
         raise UserError(f"{source}: not {what} that can be read ({reason})") from error
     yield from _column_rows(columns)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lm_trust.core.seeding import make_generator
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, in_line
 from lm_trust.lm.rows import (
     BadRows,
     Row,
@@ -193,7 +193,7 @@ def _side_problem(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedToken
     try:
         tokenizer.apply_chat_template([message for value in values for message in value], tokenize=False)
     except Exception as error:
-        return f"the model's chat template refuses its messages: {' '.join(str(error).split())[:200]}"
+        return f"the model's chat template refuses its messages: {in_line(error)[:200]}"
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lm_trust.errors import in_line
 from lm_trust.training.config_learning import GROUPED
 
 Key = tuple[str, ...]  # a dotted key in parts; items of a list by index
@@ -130,8 +131,8 @@ def _message(item: Any, key: Key, section: type[BaseModel], root: type[BaseModel
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
     if kind == "value_error":
-        return " ".join(str(context["error"]).split())
-    return " ".join(item["msg"].split())
+        return in_line(context["error"])
+    return in_line(item["msg"])
 
 
 def _nearest(wrong: Any, names: Sequence[str]) -> str:
