@@ -52,7 +52,7 @@ def load_tokenizer(
         raise UserError(f"model.path: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; completions need one")
-    known = vocabulary_size(path, revision=revision, trust_remote_code=trust_remote_code)
+    known = vocabulary_size(load_text_config(path, revision=revision, trust_remote_code=trust_remote_code))
     size = math.inf if known is None else known
     if tokenizer.eos_token_id >= size:
         raise UserError(
@@ -236,47 +236,33 @@ def load_policy(
     return policy
 
 
-def context_length(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """Positions that the model has, read from its configuration alone; None where it sets no limit.
+def load_text_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The language model's configuration, which a multimodal one holds inside; the model is not loaded.
 
     Raises:
-        UserError: the configuration cannot be loaded.
+        UserError: it cannot be loaded.
     """
-    return positions_of(_text_config(path, revision=revision, trust_remote_code=trust_remote_code))
-
-
-def sampling_length(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """Positions up to which the model is one distribution, read likewise; None: no limit.
-
-    Beyond the original ones longrope (Phi-3's) turns every position of a pass by other frequencies, as soon as the
-    pass's longest row is there. Tokens would be drawn by some and scored by others, and rows depend on their batch.
-
-    Raises:
-        UserError: the configuration cannot be loaded.
-    """
-    config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    return original or positions_of(config)
-
-
-def vocabulary_size(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """Tokens that the model has an embedding of, ids from 0, read from its configuration; None where it is not said.
-
-    Raises:
-        UserError: the configuration cannot be loaded.
-    """
-    config = _text_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config, "vocab_size", None)
-
-
-def _text_config(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    """The language model's configuration, which a multimodal one holds inside."""
     source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source, **options).get_text_config()
     except Exception as error:
         raise UserError(f"model.path: no model configuration in {path!r}: {first_line(error)}") from error
+
+
+def sampling_length(config: PreTrainedConfig) -> int | None:
+    """Positions up to which a text model is one distribution; None: no limit.
+
+    Beyond the original ones longrope (Phi-3's) turns every position of a pass by other frequencies, as soon as the
+    pass's longest row is there. Tokens would be drawn by some and scored by others, and rows depend on their batch.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return original or positions_of(config)
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """Tokens that a text model has an embedding of, ids from 0; None where its configuration does not say."""
+    return getattr(config, "vocab_size", None)
 
 
 def adapter_folder(path: str | Path) -> Path:

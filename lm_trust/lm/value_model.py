@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
-from lm_trust.lm.loading import attach_adapter, load_policy, load_tokenizer, sampling_length
+from lm_trust.lm.loading import attach_adapter, load_policy, load_text_config, load_tokenizer, sampling_length
 from lm_trust.lm.policy import CausalPolicy, TokenObservations
 from lm_trust.lm.value_head import ValueHead
 
@@ -106,7 +106,7 @@ def common_context(
     """
     with _named("model.path", "critic.path"):
         other = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        own_context = sampling_length(path, trust_remote_code=trust_remote_code)
+        own_context = sampling_length(load_text_config(path, trust_remote_code=trust_remote_code))
     if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"critic.path: the tokenizer of {path!r} is not that of model.path; give a model of the same")
     return min((each for each in (context, own_context) if each is not None), default=None)

@@ -18,9 +18,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from lm_trust.errors import UserError
-from lm_trust.lm.loading import context_length, load_tokenizer
+from lm_trust.lm.loading import load_text_config, load_tokenizer
 from lm_trust.lm.pretrained import quiet
 from lm_trust.lm.saving import write_adapter
+from lm_trust.lm.text_models import positions_of
 from lm_trust.stages.curve import Panel, stage_curve
 from lm_trust.stages.data import Examples
 from lm_trust.stages.progress import StageProgress
@@ -77,7 +78,7 @@ def prepare(config: StageConfig, load: Callable[..., tuple[Examples, Examples]])
     # Rows of like length together, for less padding; their order changes nothing.
     counted = range(min(len(heldout), config.evaluation.count))
     heldout = heldout.select(sorted(counted, key=lambda index: len(str(heldout.rows[index]))))
-    context = context_length(config.model.path, **source)
+    context = positions_of(load_text_config(config.model.path, **source))
     length = config.training.max_length if context is None else min(config.training.max_length, context)
     return Prepared(console, tokenizer, training, heldout, length, source)
 

@@ -88,10 +88,11 @@ def build_tokenizer(config: LanguageConfig) -> tuple[PreTrainedTokenizerBase, in
     Raises:
         UserError: they cannot be loaded.
     """
-    from lm_trust.lm.loading import load_tokenizer, sampling_length, vocabulary_size
+    from lm_trust.lm.loading import load_text_config, load_tokenizer, sampling_length, vocabulary_size
 
     path, source = config.model.path, _source(config)
-    return load_tokenizer(path, **source), sampling_length(path, **source), vocabulary_size(path, **source)
+    tokenizer, model_config = load_tokenizer(path, **source), load_text_config(path, **source)
+    return tokenizer, sampling_length(model_config), vocabulary_size(model_config)
 
 
 def build_language_policy(config: LanguageConfig) -> CausalPolicy:

@@ -26,16 +26,17 @@ from transformers import (
 
 from lm_trust.errors import UserError
 from lm_trust.lm.loading import (
-    context_length,
     load_adapter,
     load_base,
     load_policy,
+    load_text_config,
     load_tokenizer,
     prepare_base,
     sampling_length,
 )
 from lm_trust.lm.policy import TokenObservations
 from lm_trust.lm.saving import load_trained, save_adapter, save_trained
+from lm_trust.lm.text_models import positions_of
 
 
 def one_line(error):
@@ -116,12 +117,13 @@ def test_a_base_that_lacks_weights_is_refused(model_folder, tmp_path):
 
 def test_the_context_is_read_without_the_model(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path)
-    assert context_length(str(tmp_path)) == 64
+    assert positions_of(load_text_config(str(tmp_path))) == 64
 
 
 def test_a_negative_number_of_positions_is_no_limit(tmp_path):
     XLNetConfig().save_pretrained(tmp_path)
-    assert context_length(str(tmp_path)) is sampling_length(str(tmp_path)) is None
+    config = load_text_config(str(tmp_path))
+    assert positions_of(config) is sampling_length(config) is None
 
 
 def longrope(folder, original):
@@ -141,8 +143,9 @@ def longrope(folder, original):
 @torch.no_grad()
 def test_positions_that_longrope_turns_otherwise_are_not_sampled_in(tmp_path, model_folder):
     folder = longrope(tmp_path, original=16)
-    assert (context_length(folder), sampling_length(folder)) == (64, 16)
-    assert sampling_length(str(model_folder)) == 64
+    config = load_text_config(folder)
+    assert (positions_of(config), sampling_length(config)) == (64, 16)
+    assert sampling_length(load_text_config(str(model_folder))) == 64
     policy = load_policy(folder, r=2, targets=["qkv_proj"])
     ids = torch.arange(3, 20).unsqueeze(0)
     within, beyond = (
@@ -158,7 +161,7 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(text_config=text, vision_config={"image_size": 28, **vision}, mm_tokens_per_image=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert context_length(str(tmp_path)) == 32
+    assert positions_of(load_text_config(str(tmp_path))) == 32
     policy = load_policy(str(tmp_path), r=2, targets=["q_proj"])
     ids = torch.arange(3, 9).unsqueeze(0)
     with torch.no_grad():
@@ -167,14 +170,14 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
     torch.testing.assert_close(found.log_probs, logits.log_softmax(-1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, load_base, context_length])
+@pytest.mark.parametrize("load", [load_tokenizer, load_base, load_text_config])
 def test_an_empty_folder_is_one_clear_line(load, tmp_path):
     with pytest.raises(UserError, match=r"^model\.path: ") as error:
         load(str(tmp_path))
     assert str(tmp_path) in one_line(error)
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, load_base, context_length])
+@pytest.mark.parametrize("load", [load_tokenizer, load_base, load_text_config])
 def test_a_hub_id_out_of_reach_is_one_clear_line(load, network_attempts, monkeypatch, tmp_path):
     import huggingface_hub.constants
 
