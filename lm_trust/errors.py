@@ -1,4 +1,7 @@
-"""Errors that are meant for the person at the terminal."""
+"""Errors that are meant for the person at the terminal, and the words that they are made of."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -23,3 +26,9 @@ def error_text(error: BaseException) -> str:
     """An error in one line, with its kind where it is not a person's."""
     text = in_line(error)
     return text if isinstance(error, UserError) and text else f"{type(error).__name__}: {text}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A guess at what was meant, in brackets; empty where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

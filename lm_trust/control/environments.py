@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import traceback
@@ -17,7 +16,7 @@ from lm_trust.control.processes import EnvironmentProcesses
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.processes import RowRange
-from lm_trust.errors import UserError, first_line, in_line
+from lm_trust.errors import UserError, did_you_mean, first_line, in_line
 from lm_trust.user_code import import_user_module
 
 
@@ -140,11 +139,11 @@ def _maker(id: str) -> Callable[..., gymnasium.Env]:
             return getattr(module, attribute)
         # Gymnasium has a "module:id" of its own: importing the module registers the id.
         if attribute not in gymnasium.registry:
-            near = _nearest(attribute, [name for name, value in vars(module).items() if callable(value)])
+            near = did_you_mean(attribute, [name for name, value in vars(module).items() if callable(value)])
             raise UserError(f"environment.id: {module_name} has no factory {attribute!r}{near}")
         id = attribute
     if id not in gymnasium.registry:
-        hint = _nearest(id, list(gymnasium.registry)) or " (your own is written 'module:factory')"
+        hint = did_you_mean(id, gymnasium.registry) or " (your own is written 'module:factory')"
         raise UserError(f"environment.id: no environment {id!r}{hint}")
     return lambda **arguments: _make_registered(id, arguments)
 
@@ -178,8 +177,3 @@ def _import(id: str, module_name: str) -> Any:
             f"environment.id: importing {module_name!r} of {id!r} raised {text}; modules are looked for in "
             "the working directory and among the installed packages"
         ) from error
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

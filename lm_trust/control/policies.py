@@ -6,7 +6,6 @@ Parameters are drawn from an explicit generator, so that making a network never 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from lm_trust.control.normaliser import ObservationNormaliser
 from lm_trust.control.spaces import ActionSpace
 from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical
 from lm_trust.core.linearisation import Linearisation
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, did_you_mean
 
 _MINUS_ONE = torch.tensor(-1.0, device="cpu")  # without dimensions, it goes with tensors anywhere
 
@@ -175,10 +174,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            near = difflib.get_close_matches(activation, ACTIVATIONS, n=1, cutoff=0.0)
-            raise UserError(
-                f"policy.activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}; did you mean {near[0]!r}?"
-            )
+            near = did_you_mean(activation, ACTIVATIONS)
+            raise UserError(f"policy.activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}{near}")
         generator = generator or torch.Generator().manual_seed(0)
         # nn.Linear's own initialisation would draw from the global generator.
         *hidden, last = [nn.utils.skip_init(nn.Linear, *pair) for pair in itertools.pairwise(sizes)]

@@ -19,7 +19,6 @@ differs (envpool 1.2.5, gymnasium 1.4):
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from typing import Any
@@ -30,7 +29,7 @@ from gymnasium.vector.utils import batch_space
 
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.processes import RowRange
-from lm_trust.errors import UserError, first_line
+from lm_trust.errors import UserError, did_you_mean, first_line
 
 # Compared in tests/control/test_envpool.py, each of them.
 CHECKED = (
@@ -116,11 +115,9 @@ def make_pool(
             "gymnasium"
         ) from error
     if id not in CHECKED:
-        close = difflib.get_close_matches(id, CHECKED, n=1)
-        near = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(
             f"environment.backend: envpool's {id!r} is not among those that were compared with gymnasium's "
-            f"({', '.join(CHECKED)}); use gymnasium for it{near}"
+            f"({', '.join(CHECKED)}); use gymnasium for it{did_you_mean(id, CHECKED)}"
         )
     try:
         return VectorEnvironments(id, Pool(id, count, arguments=arguments), seed=seed, placed=placed)

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from lm_trust.errors import UserError
-from lm_trust.lm.reward_words import did_you_mean, one_line, short
+from lm_trust.errors import UserError, did_you_mean
+from lm_trust.lm.reward_words import one_line, short
 from lm_trust.user_code import import_user_module
 
 Reward = Callable[..., Sequence | Awaitable[Sequence]]

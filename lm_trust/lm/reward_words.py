@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lm_trust.errors import in_line
@@ -33,9 +32,3 @@ def sample_words(samples: Mapping[str, list], index: int) -> str:
     """Which sample it is, with its prompt and completion."""
     prompt, completion = samples["prompts"][index], samples["completions"][index]
     return f"sample {index}: prompt {short(prompt)}, completion {short(completion)}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A guess at what was meant, in brackets; empty where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

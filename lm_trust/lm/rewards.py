@@ -30,11 +30,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, did_you_mean
 from lm_trust.lm.reward_answers import Question, RewardError, required_columns
 from lm_trust.lm.reward_functions import Reward, resolve_reward
 from lm_trust.lm.reward_process import RewardProcess
-from lm_trust.lm.reward_words import did_you_mean, sample_words, short
+from lm_trust.lm.reward_words import sample_words, short
 from lm_trust.lm.text_pieces import cut_steps
 
 # When a reward pays: at the end of the text, for each token's change of the score so far, or for each token or step.

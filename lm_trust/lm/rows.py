@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from lm_trust.errors import UserError, in_line
+from lm_trust.errors import UserError, did_you_mean, in_line
 
 Row = dict[str, Any]
 # What a reader yields for each row: its number from 1, and the row or a sentence that says why not.
@@ -112,10 +112,8 @@ def missing_field(row: Row, field: str, key: str) -> str | None:
     """What to say of a row without the field, with the nearest name; None where it is there. key: where it is set."""
     if field in row:
         return None
-    near = difflib.get_close_matches(field, row, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     names = ", ".join(map(repr, row)) or "none"
-    return f"no field {field!r}; its fields are {names}{hint}; set {key}"
+    return f"no field {field!r}; its fields are {names}{did_you_mean(field, row)}; set {key}"
 
 
 def text_problem(row: Row, field: str, key: str) -> str | None:
