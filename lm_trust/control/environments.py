@@ -164,7 +164,7 @@ def _make_registered(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
     except Exception as error:
         if not arguments.keys() - {"render_mode"} or _raised_in_mujoco(error):
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = in_line(f"{type(error).__name__}: {error}")
         raise UserError(f"environment.arguments: {id} cannot be made with {arguments}: {text}") from error
 
 
@@ -172,7 +172,7 @@ def _import(id: str, module_name: str) -> Any:
     try:
         return import_user_module(module_name)
     except (Exception, SystemExit) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = in_line(f"{type(error).__name__}: {error}")
         raise UserError(
             f"environment.id: importing {module_name!r} of {id!r} raised {text}; modules are looked for in "
             "the working directory and among the installed packages"

@@ -14,7 +14,7 @@ def short(value: Any) -> str:
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = shortener.maxlong = 80
     try:
-        return " ".join(shortener.repr(value).split())
+        return in_line(shortener.repr(value))
     except Exception:  # an object without a repr, inside a container that asks for it
         return f"<{type(value).__name__}>"
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from lm_trust.errors import in_line
+
 
 class YamlTextError(Exception):
     """What is wrong with a YAML text, in one line."""
@@ -107,7 +109,7 @@ def read_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise YamlTextError(" ".join(f"{where}{error.problem or error.context}".split())) from None
+        raise YamlTextError(in_line(f"{where}{error.problem or error.context}")) from None
     except yaml.YAMLError:
         raise YamlTextError("it holds a character that YAML does not allow") from None
     except RecursionError:
