@@ -178,7 +178,7 @@ def _study(random):
                 "predicted_gain": 1.1 * batch if bounded else None, "accepted": True, "seconds": 2.1, "error": None,
             })  # fmt: skip
     broken = dict.fromkeys(rows[0]) | {"rule": "reinforce", "accepted": False, "error": "boom <script>"}
-    return {"bounds": "nats", "iterations_before": 3, "rows": [*rows, broken]}
+    return {"iterations_before": 3, "rows": [*rows, broken]}
 
 
 def _completions(random, count):

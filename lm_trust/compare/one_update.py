@@ -7,7 +7,7 @@ batch, the gain on samples that it has not seen, how far it went, and whether he
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,7 @@ _MEASURED = (
 )
 
 
-def one_update_study(
-    candidates: Sequence[Candidate],
-    *,
-    iterations_before: int,
-    evaluations: int,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def one_update_study(candidates: Sequence[Candidate], *, iterations_before: int, evaluations: int) -> dict[str, Any]:
     """One update by each candidate, from one policy and on one batch.
 
     The policy is that of the first candidate's run after some iterations: at its start LoRA's B is zero, and half of
@@ -41,10 +35,9 @@ def one_update_study(
         candidates: their configs differ in nothing but the update section (and the output folder).
         iterations_before: ordinary iterations by the first candidate's rule, fewer than those of its run.
         evaluations: held-out completions or episodes, of the old policy and of each new one, with the same noise.
-        on_row: takes each row as soon as it is made.
 
     Returns:
-        bounds: "nats". iterations_before. rows: for each candidate, in their order,
+        iterations_before. rows: for each candidate, in their order,
         rule, knob, value: the candidate's.
         batch_gain, predicted_gain, step_kl, step_kl_max, accepted: see `StepReport`; reference_kl: its
             reference_kl_after, nats per row, where the rule looks at it.
@@ -74,14 +67,10 @@ def one_update_study(
             trainer.task.evaluate(trainer.policy, evaluations),
             evaluations,
         )
-        rows = []
-        for candidate in candidates:
-            rows.append(_row(candidate, start))
-            if on_row is not None:
-                on_row(rows[-1])
+        rows = [_row(candidate, start) for candidate in candidates]
     finally:
         trainer.task.close()
-    return {"bounds": "nats", "iterations_before": iterations_before, "rows": rows}
+    return {"iterations_before": iterations_before, "rows": rows}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ one_update: {iterations_before: 1, evaluations: 4, values: {trpo: [0.01]}}
 jobs: 2
 """
 
-STUDY = {"bounds": "nats", "iterations_before": 1, "rows": []}
+STUDY = {"iterations_before": 1, "rows": []}
 
 
 @pytest.fixture
