@@ -7,7 +7,6 @@ rule that it belongs to, so that the page can hide a rule everywhere at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -196,19 +195,6 @@ def _limit_traces(limit: Line) -> list[Trace]:
 
 def _columns(rows: Sequence[Line], *keys: str) -> dict[str, list[Any]]:
     return {key: [row.get(key) for row in rows] for key in keys}
-
-
-def limit_at(limit: Line | None, kl: float) -> dict[str, float | None] | None:
-    """The tilted reference's reward and interval at a KL, linear between its points; None outside of them."""
-    rows = sorted((row for row in (limit or {}).get("tilted") or ()), key=lambda row: row["kl"])
-    for one, two in pairwise(rows):
-        if one["kl"] <= kl <= two["kl"]:
-            share = (kl - one["kl"]) / ((two["kl"] - one["kl"]) or 1.0)
-            return {
-                key: (1 - share) * one[key] + share * two[key] if known(one[key]) and known(two[key]) else None
-                for key in ("reward", "low", "high")
-            }
-    return None
 
 
 def study_figures(report: Line, styles: Styles) -> list[dict[str, Any]]:

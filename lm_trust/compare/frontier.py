@@ -11,13 +11,20 @@ whatever became of their runs. The mean over the seeds that got there would leav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_trust.compare.statistics import bootstrap_mean, interquartile_mean, mann_whitney, probability_of_improvement
+from lm_trust.compare.statistics import (
+    bootstrap_mean,
+    interquartile_mean,
+    known,
+    mann_whitney,
+    probability_of_improvement,
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,27 @@ def reward_at(curve: Curve, kl: float) -> float | None:
     A trajectory may go back and forth, and may come to the KL from above.
     """
     places, rewards = np.asarray(curve.kl, dtype=float), np.asarray(curve.reward, dtype=float)
-    known = np.isfinite(places) & np.isfinite(rewards)
-    places, rewards = places[known], rewards[known]
+    finite = np.isfinite(places) & np.isfinite(rewards)
+    places, rewards = places[finite], rewards[finite]
     for index, place in enumerate(places):
         if place == kl:
             return float(rewards[index])
         if index and (places[index - 1] < kl) != (place < kl):
             share = (kl - places[index - 1]) / (place - places[index - 1])
             return float((1 - share) * rewards[index - 1] + share * rewards[index])
+    return None
+
+
+def limit_at(limit: Mapping[str, Any] | None, kl: float) -> dict[str, float | None] | None:
+    """The reward and interval of the limit's tilted reference at a KL, linear between its points; None outside."""
+    rows = sorted((limit or {}).get("tilted") or (), key=lambda row: row["kl"])
+    for one, two in pairwise(rows):
+        if one["kl"] <= kl <= two["kl"]:
+            share = (kl - one["kl"]) / ((two["kl"] - one["kl"]) or 1.0)
+            return {
+                key: (1 - share) * one[key] + share * two[key] if known(one[key]) and known(two[key]) else None
+                for key in ("reward", "low", "high")
+            }
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_trust.compare.figure_parts import Line
-from lm_trust.compare.figures import limit_at
+from lm_trust.compare.frontier import limit_at
 from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_name, knob_text, nats_text, number_text
 

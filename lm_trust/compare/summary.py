@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lm_trust.compare.fresh_samples import clustered_mean
-from lm_trust.compare.frontier import Curve, reward_at
+from lm_trust.compare.frontier import Curve, limit_at, reward_at
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import nats_text, number_text
 
@@ -153,14 +153,10 @@ def _ranking(
 
 def _share_of_limit(report: Line, best: Line) -> list[str]:
     limit = report.get("limit")
-    if not limit or not limit["tilted"]:
+    most = limit_at(limit, best["kl"])
+    if most is None:
         return []
-    points = sorted(limit["tilted"], key=lambda point: point["kl"])
-    kls, rewards = ([point[key] for point in points] for key in ("kl", "reward"))
-    start = next(point["reward"] for point in limit["best_of_n"] if point["n"] == 1)
-    if not kls[0] <= best["kl"] <= kls[-1]:
-        return []
-    top = float(np.interp(best["kl"], kls, rewards))
+    start, top = next(point["reward"] for point in limit["best_of_n"] if point["n"] == 1), most["reward"]
     share = (best["mean"] - start) / (top - start)
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
     gain = f"{number_text(top)}, from {number_text(start)} at the start"

@@ -13,8 +13,8 @@ from synthetic_report import NASTY, RULES, SEEDS, synthetic_report
 
 from lm_trust.compare import page_tables
 from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, rule_styles
-from lm_trust.compare.figures import BEST_OF_N, LIMIT, limit_at
-from lm_trust.compare.frontier import Curve, improvement_table
+from lm_trust.compare.figures import BEST_OF_N, LIMIT
+from lm_trust.compare.frontier import Curve, improvement_table, limit_at
 from lm_trust.compare.page import shown_values, write_page
 from lm_trust.training.compare_curves import COLOURS
 

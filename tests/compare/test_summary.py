@@ -157,7 +157,9 @@ def test_bounds_costs_and_failures_are_told():
 
 def test_the_share_of_the_limit_is_of_its_gain():
     curves = [curve(rule, seed, 0.5) for rule in ("trpo", "b") for seed in (0, 1)]
-    points = [{"kl": kl, "reward": reward} for kl, reward in ((0.0, 0.1), (1.0, 0.7), (3.0, 1.1))]
+    points = [
+        {"kl": kl, "reward": reward, "low": None, "high": None} for kl, reward in ((0.0, 0.1), (1.0, 0.7), (3.0, 1.1))
+    ]
     limit = {"tilted": points, "best_of_n": [{"n": 1, "kl": 0.0, "reward": 0.1}]}
     text = " ".join(summarise(report_of(curves, limit=limit), curves))
     assert "estimated at 0.9, from 0.1 at the start: trpo gets 50% of that gain." in text
