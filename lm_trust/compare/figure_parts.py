@@ -43,7 +43,6 @@ SYMBOLS = {
     "star-open": "M0,-5L1.3,-1.6L5,-1.5L2.1,0.8L3.1,4.3L0,2.2L-3.1,4.3L-2.1,0.8L-5,-1.5L-1.3,-1.6Z",  # of no rule
 }
 
-Line = Mapping[str, Any]  # of a report
 Trace = dict[str, Any]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from lm_trust.compare.figure_parts import (
-    Line,
     RuleStyle,
     Styles,
     Trace,
@@ -30,13 +29,14 @@ from lm_trust.compare.figure_parts import (
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
+from lm_trust.training.run_folder import Record
 
 # How the limit stands beside the rules: as one of them, under names that no rule can have.
 LIMIT, BEST_OF_N = "the limit", "best of n"
 LIMIT_STYLES = {LIMIT: RuleStyle(INK, "2px,3px", ""), BEST_OF_N: RuleStyle(INK, "", "star-open")}
 
 
-def frontier_figure(report: Line, styles: Styles) -> dict[str, Any]:
+def frontier_figure(report: Record, styles: Styles) -> dict[str, Any]:
     """Reward over realised KL, every rule's best with its interval, and what a nat can buy at most."""
     limit = report.get("limit") or {}
     data = _limit_traces(limit)
@@ -85,7 +85,7 @@ def frontier_figure(report: Line, styles: Styles) -> dict[str, Any]:
     return figure("frontier", "Reward over realised KL", " ".join(caption), data, shape)
 
 
-def _control_scale(report: Line, kls: Sequence[Any]) -> dict[str, Any]:
+def _control_scale(report: Record, kls: Sequence[Any]) -> dict[str, Any]:
     return spread(kls) if report.get("world") == "control" else {}
 
 
@@ -94,7 +94,7 @@ def _upright(kl: float) -> dict[str, Any]:
     return {"type": "line", "layer": "below", "line": {"color": GREY, "width": 0.7, "dash": "1px,3px"}, **place}
 
 
-def _frontier_traces(entry: Line, style: RuleStyle) -> list[Trace]:
+def _frontier_traces(entry: Record, style: RuleStyle) -> list[Trace]:
     meta = {"rule": entry["rule"]}
     drawn = line(
         entry["kl"],
@@ -118,7 +118,7 @@ def _interval_text(low: Any, high: Any) -> list[str]:
     return [f"<br>95 % [{low:.3g}, {high:.3g}]" if known(low) and known(high) else ""]
 
 
-def _run_points(report: Line, styles: Styles) -> list[Trace]:
+def _run_points(report: Record, styles: Styles) -> list[Trace]:
     """Every run of a control comparison by itself, faint."""
     traces = []
     for rule, style in styles.items():
@@ -137,12 +137,12 @@ def _run_points(report: Line, styles: Styles) -> list[Trace]:
     return traces
 
 
-def _measured_cells(report: Line, rule: str) -> list[Line]:
+def _measured_cells(report: Record, rule: str) -> list[Record]:
     cells = [cell for cell in report.get("cells") or () if cell["rule"] == rule]
     return [cell for cell in cells if known(cell.get("step_kl")) and known(cell.get("reward"))]
 
 
-def _lone_means(report: Line, styles: Styles) -> list[Trace]:
+def _lone_means(report: Record, styles: Styles) -> list[Trace]:
     """The mean over all seeds of each rule of a control comparison that has no line, having one knob value."""
     traces = []
     for rule, style in styles.items():
@@ -165,7 +165,7 @@ def _lone_means(report: Line, styles: Styles) -> list[Trace]:
     return traces
 
 
-def _limit_traces(limit: Line) -> list[Trace]:
+def _limit_traces(limit: Record) -> list[Trace]:
     if not limit:
         return []
     columns = _columns(limit.get("tilted") or (), "kl", "reward", "low", "high")
@@ -193,11 +193,11 @@ def _limit_traces(limit: Line) -> list[Trace]:
     return traces
 
 
-def _columns(rows: Sequence[Line], *keys: str) -> dict[str, list[Any]]:
+def _columns(rows: Sequence[Record], *keys: str) -> dict[str, list[Any]]:
     return {key: [row.get(key) for row in rows] for key in keys}
 
 
-def study_figures(report: Line, styles: Styles) -> list[dict[str, Any]]:
+def study_figures(report: Record, styles: Styles) -> list[dict[str, Any]]:
     """The one-update study: what a nat of one step buys, and how much of the gain on the batch is real."""
     study = report.get("one_update") or {}
     rows = [row for row in study.get("rows") or () if not row.get("error")]
@@ -234,7 +234,7 @@ def study_figures(report: Line, styles: Styles) -> list[dict[str, Any]]:
     ]
 
 
-def _study_traces(rows: Sequence[Line], styles: Styles, x: str, y: str, *, log: bool = False) -> list[Trace]:
+def _study_traces(rows: Sequence[Record], styles: Styles, x: str, y: str, *, log: bool = False) -> list[Trace]:
     stem = y.removesuffix("_gain")
     traces = []
     for rule, style in styles.items():

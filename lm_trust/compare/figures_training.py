@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from lm_trust.compare.figure_parts import (
-    Line,
     RuleStyle,
     Styles,
     Trace,
@@ -29,24 +28,25 @@ from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_text, knob_text
 from lm_trust.training.compare_curves import group_curve
 from lm_trust.training.plots import INK
+from lm_trust.training.run_folder import Record
 
 PLACES = 120  # that a curve is drawn from
 MARKS = 300  # iterations of a rule in a scatter
 SECONDS = "seconds of rollout and update"
 
-Groups = dict[tuple[str, Any], list[list[Line]]]  # (rule, knob value): the lines of each run, in order
+Groups = dict[tuple[str, Any], list[list[Record]]]  # (rule, knob value): the lines of each run, in order
 
 
-def runs_of(rows: Iterable[Line]) -> Groups:
+def runs_of(rows: Iterable[Record]) -> Groups:
     """The iterations of results.parquet by rule and knob value, and there run by run."""
-    runs: dict[tuple[str, Any], dict[int, list[Line]]] = {}
+    runs: dict[tuple[str, Any], dict[int, list[Record]]] = {}
     for row in rows:
         runs.setdefault((row["rule"], row["value"]), {}).setdefault(row["seed"], []).append(row)
     return {cell: [sorted(run, key=lambda row: row["iteration"]) for run in seeds.values()]
             for cell, seeds in runs.items()}  # fmt: skip
 
 
-def course_figures(report: Line, runs: Groups, styles: Styles) -> list[dict[str, Any]]:
+def course_figures(report: Record, runs: Groups, styles: Styles) -> list[dict[str, Any]]:
     """Rewards and both KLs over steps and over seconds.
 
     The page shows one of the `axes` and one knob value a rule at a time, and fits the figure to the lines that it
@@ -89,7 +89,7 @@ def _any_has(key: str, groups: Groups) -> bool:
     return any(known(row.get(key)) for runs in groups.values() for run in runs for row in run)
 
 
-def _evaluations(report: Line) -> Groups:
+def _evaluations(report: Record) -> Groups:
     groups: Groups = {}
     for course in report.get("trajectories") or ():
         columns = {key: course.get(key) or () for key in ("reward", "steps", "seconds")}
@@ -98,7 +98,7 @@ def _evaluations(report: Line) -> Groups:
     return groups
 
 
-def _course(rule: str, value: Any, runs: Sequence[Sequence[Line]], key: str, style: RuleStyle) -> list[Trace]:
+def _course(rule: str, value: Any, runs: Sequence[Sequence[Record]], key: str, style: RuleStyle) -> list[Trace]:
     traces = []
     for places in ("steps", "seconds"):
         series = [points([row.get(places) for row in run], [row.get(key) for row in run]) for run in runs]
@@ -115,7 +115,7 @@ def _course(rule: str, value: Any, runs: Sequence[Sequence[Line]], key: str, sty
     return traces
 
 
-def bound_figure(report: Line, runs: Groups, styles: Styles) -> dict[str, Any]:
+def bound_figure(report: Record, runs: Groups, styles: Styles) -> dict[str, Any]:
     """How far updates went beside how far they were allowed to go."""
     per = "token" if report.get("world") == "language" else "step"
     data, labels, bounds = [], [], []
@@ -162,13 +162,13 @@ def bound_figure(report: Line, runs: Groups, styles: Styles) -> dict[str, Any]:
     )
 
 
-def _in_order(report: Line, runs: Groups) -> list[tuple[str, Any]]:
+def _in_order(report: Record, runs: Groups) -> list[tuple[str, Any]]:
     """What there are runs of, in the report's order of rules and then by value."""
     order = {rule["name"]: number for number, rule in enumerate(report.get("rules") or ())}
     return sorted((cell for cell in runs if cell[0] in order), key=lambda cell: (order[cell[0]], cell[1] or 0.0))
 
 
-def _broken(report: Line, rule: str, value: Any) -> str:
+def _broken(report: Record, rule: str, value: Any) -> str:
     cells = [cell for cell in report.get("cells") or () if (cell["rule"], cell["value"]) == (rule, value)]
     shares = points([cell.get("violations") for cell in cells], [cell.get("iterations") for cell in cells])
     if not shares:
@@ -230,7 +230,7 @@ def cost_figures(runs: Groups, styles: Styles) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _bars(name: str, title: str, caption: str, costs: Mapping[str, list[float]], styles: Styles, unit: str) -> Line:
+def _bars(name: str, title: str, caption: str, costs: Mapping[str, list[float]], styles: Styles, unit: str) -> Record:
     rules = [rule for rule in styles if rule in costs]
     data = []
     for number, rule in enumerate(rules):

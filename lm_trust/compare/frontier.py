@@ -11,7 +11,7 @@ whatever became of their runs. The mean over the seeds that got there would leav
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from lm_trust.compare.statistics import (
     mann_whitney,
     probability_of_improvement,
 )
+from lm_trust.training.run_folder import Record
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def reward_at(curve: Curve, kl: float) -> float | None:
     return None
 
 
-def limit_at(limit: Mapping[str, Any] | None, kl: float) -> dict[str, float | None] | None:
+def limit_at(limit: Record | None, kl: float) -> dict[str, float | None] | None:
     """The reward and interval of the limit's tilted reference at a KL, linear between its points; None outside."""
     rows = sorted((limit or {}).get("tilted") or (), key=lambda row: row["kl"])
     for one, two in pairwise(rows):

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from lm_trust.compare import page_tables
-from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, Line, RuleStyle, Styles, faint, rule_styles
+from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, RuleStyle, Styles, faint, rule_styles
 from lm_trust.compare.figures import LIMIT_STYLES, frontier_figure, study_figures
 from lm_trust.compare.figures_training import (
     bound_figure,
@@ -32,10 +32,11 @@ from lm_trust.compare.figures_training import (
     runs_of,
 )
 from lm_trust.compare.words import knob_text
+from lm_trust.training.run_folder import Record
 from lm_trust.verified_folder import replacing
 
 
-def write_page(report: Line, rows: pyarrow.Table, path: Path) -> None:
+def write_page(report: Record, rows: pyarrow.Table, path: Path) -> None:
     """Write the page; it appears whole or not at all.
 
     Args:
@@ -51,7 +52,7 @@ def write_page(report: Line, rows: pyarrow.Table, path: Path) -> None:
         temporary.write_bytes(_page(report, rows).encode("utf-8", "replace"))
 
 
-def _page(report: Line, rows: pyarrow.Table) -> str:
+def _page(report: Record, rows: pyarrow.Table) -> str:
     styles = rule_styles(rule["name"] for rule in report.get("rules") or ())
     sections = _sections(report, rows, styles)
     drawn = [figure for figures in sections.values() for figure in figures if figure["data"]]
@@ -84,7 +85,7 @@ def _page(report: Line, rows: pyarrow.Table) -> str:
     )
 
 
-def _sections(report: Line, rows: pyarrow.Table, styles: Styles) -> dict[str, list[Line]]:
+def _sections(report: Record, rows: pyarrow.Table, styles: Styles) -> dict[str, list[Record]]:
     runs = runs_of(rows.to_pylist())
     return {
         "frontier": [frontier_figure(report, styles)],
@@ -95,7 +96,7 @@ def _sections(report: Line, rows: pyarrow.Table, styles: Styles) -> dict[str, li
     }
 
 
-def shown_values(report: Line) -> dict[str, str]:
+def shown_values(report: Record) -> dict[str, str]:
     """The knob value of each rule that the page shows first: the one that most of the matched table is of.
 
     A rule that is nowhere in it is shown with the middle one of its values.

@@ -6,10 +6,10 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from lm_trust.compare.figure_parts import Line
 from lm_trust.compare.frontier import limit_at
 from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_name, knob_text, nats_text, number_text
+from lm_trust.training.run_folder import Record
 
 LEVEL = 0.05  # of the test by which a rule is shown as ahead of another
 MISSING = "\u2013"  # a dash
@@ -29,7 +29,7 @@ def estimate(value: Any, low: Any, high: Any) -> str:
     return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
-def matched(report: Line) -> list[dict[str, Any]]:
+def matched(report: Record) -> list[dict[str, Any]]:
     """The rules at each KL, as {"kl", "rows"}; the last row of a KL is what it can buy at most, where that is known."""
     groups = []
     for kl in sorted({row["kl"] for row in report.get("matched") or ()}):
@@ -46,12 +46,12 @@ def matched(report: Line) -> list[dict[str, Any]]:
     return groups
 
 
-def _most(report: Line, kl: float) -> str | None:
+def _most(report: Record, kl: float) -> str | None:
     limit = limit_at(report.get("limit"), kl)
     return limit and estimate(limit["reward"], limit["low"], limit["high"])
 
 
-def improvement(report: Line) -> list[dict[str, Any]]:
+def improvement(report: Record) -> list[dict[str, Any]]:
     """A matrix a KL of P(row's rule > column's rule), as {"kl", "rules", "rows"}; a cell is (text, side).
 
     The side is "ahead" or "behind" where the exact test of the pair says that they are not alike, else "".
@@ -69,7 +69,7 @@ def improvement(report: Line) -> list[dict[str, Any]]:
     return matrices
 
 
-def _wins(row: Line | None) -> tuple[str, str]:
+def _wins(row: Record | None) -> tuple[str, str]:
     if row is None:
         return "", ""
     side = "ahead" if row["probability"] > 0.5 else "behind"
@@ -77,7 +77,7 @@ def _wins(row: Line | None) -> tuple[str, str]:
     return estimate(row["probability"], row["low"], row["high"]), side if certain else ""
 
 
-def study(report: Line) -> list[dict[str, Any]]:
+def study(report: Record) -> list[dict[str, Any]]:
     """The one-update study, as {"rule", "error", "cells"}."""
     rows = []
     for row in (report.get("one_update") or {}).get("rows") or ():
@@ -100,7 +100,7 @@ def study(report: Line) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(report: Line) -> list[dict[str, Any]]:
+def cells(report: Record) -> list[dict[str, Any]]:
     """Every run, as {"rule", "status", "cells"}."""
     rows = []
     for cell in report.get("cells") or ():
@@ -126,7 +126,7 @@ def cells(report: Line) -> list[dict[str, Any]]:
     return rows
 
 
-def failures(report: Line) -> list[tuple[str, str]]:
+def failures(report: Record) -> list[tuple[str, str]]:
     """(which run, what it said) of the runs that failed."""
     return [
         (cell_name(cell["rule"], cell.get("value"), cell["seed"]), cell.get("error") or "no message")
@@ -135,7 +135,7 @@ def failures(report: Line) -> list[tuple[str, str]]:
     ]
 
 
-def completions(report: Line, rules: Sequence[str]) -> list[dict[str, Any]]:
+def completions(report: Record, rules: Sequence[str]) -> list[dict[str, Any]]:
     """The held-out prompts with what each rule made of them, as {"prompt", "texts", "rewards"}.
 
     A text is {"rule", "note", "completion", "reward"}; the reference's has no rule. `rewards` has the finite ones. A
@@ -160,7 +160,7 @@ def completions(report: Line, rules: Sequence[str]) -> list[dict[str, Any]]:
     return cards
 
 
-def _note(text: Line) -> str:
+def _note(text: Record) -> str:
     kl = nats_text(text["kl"]) if known(text.get("kl")) else ""
     return ", ".join(part for part in (knob_text(text.get("value")), kl) if part)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -19,11 +18,10 @@ from lm_trust.compare.frontier import Curve
 from lm_trust.compare.running import failure
 from lm_trust.errors import UserError
 from lm_trust.training.config import Config
-from lm_trust.training.run_folder import RunFolder, is_finished
+from lm_trust.training.run_folder import Record, RunFolder, is_finished
 
 FORWARD = 1 / 3  # of a gradient: a pass without the backward one, which costs twice as much
 
-Line = dict[str, Any]
 
 # The columns that are taken over from metrics.jsonl as they are.
 _COPIED = {
@@ -66,14 +64,14 @@ class CellResult:
     """
 
     cell: Cell
-    summary: Line
-    rows: list[Line]
-    trajectory: Line | None
+    summary: Record
+    rows: list[Record]
+    trajectory: Record | None
     first_batch: tuple[float | None, ...]
-    samples: dict[str, list[Line]]
+    samples: dict[str, list[Record]]
 
 
-def gradients(line: Line, config: Config) -> float:
+def gradients(line: Record, config: Config) -> float:
     """What an update cost in gradients of the whole batch: passes over its tokens, with the backward one counted.
 
     A Fisher product is counted as a gradient on its share of the rows, a measurement of the whole batch as a forward
@@ -127,7 +125,7 @@ def read_cell(cell: Cell) -> CellResult:
     )
 
 
-def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float | None) -> Line:
+def _summary(cell: Cell, rows: Sequence[Record], after: Record | None, bound: float | None) -> Record:
     error = failure(cell)
     status = "finished" if is_finished(cell.folder) else "failed" if error else "missing"
     last = rows[-1] if rows else {}
@@ -156,7 +154,7 @@ def _summary(cell: Cell, rows: Sequence[Line], after: Line | None, bound: float 
     }
 
 
-def _evaluations(run: RunFolder, sides: dict[str, Line], lines: Sequence[Line]) -> list[Line]:
+def _evaluations(run: RunFolder, sides: dict[str, Record], lines: Sequence[Record]) -> list[Record]:
     """All held-out evaluations in the order of training, each with its iteration."""
     found = [{"iteration": 0, **sides["before"]}] if "before" in sides else []
     end = lines[-1]["iteration"] if "after" in sides else None
@@ -164,7 +162,7 @@ def _evaluations(run: RunFolder, sides: dict[str, Line], lines: Sequence[Line]) 
     return found + ([{"iteration": end, **sides["after"]}] if end is not None else [])
 
 
-def _trajectory(evaluations: Sequence[Line], rows: Sequence[Line]) -> Line:
+def _trajectory(evaluations: Sequence[Record], rows: Sequence[Record]) -> Record:
     step_kls = np.cumsum([row["step_kl"] for row in rows])
     at = {row["iteration"]: row for row in rows} | {0: {"steps": 0, "seconds": 0.0, "gradients": 0.0}}
     divergence = [
@@ -215,11 +213,11 @@ def _has_ended(one: CellResult) -> bool:
     return one.summary["status"] == "finished" and one.trajectory is not None
 
 
-def _arrays(trajectory: Line) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(trajectory: Record) -> tuple[np.ndarray, np.ndarray]:
     return np.array(trajectory["kl"], dtype=float), np.array(trajectory["reward"], dtype=float)
 
 
-def same_start(results: Sequence[CellResult]) -> Line:
+def same_start(results: Sequence[CellResult]) -> Record:
     """Whether the rules' first batches agree, seed by seed: same weights, same prompts, same noise."""
     batches: dict[int, set[tuple]] = {}
     for one in results:
@@ -229,7 +227,7 @@ def same_start(results: Sequence[CellResult]) -> Line:
     return {"checked": checked, "equal": all(len(found) == 1 for found in batches.values())}
 
 
-def side_by_side(results: Sequence[CellResult], chosen: dict[str, float | None], seed: int) -> list[Line]:
+def side_by_side(results: Sequence[CellResult], chosen: dict[str, float | None], seed: int) -> list[Record]:
     """Completions of the same held-out prompts by the reference and by every rule at its chosen value.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import comb
-from typing import Any
 
 import numpy as np
 
@@ -13,12 +12,12 @@ from lm_trust.compare.fresh_samples import clustered_mean
 from lm_trust.compare.frontier import Curve, limit_at, reward_at
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import nats_text, number_text
+from lm_trust.training.run_folder import Record
 
-Line = dict[str, Any]
 Interval = tuple[float, float] | None
 
 
-def summarise(report: Line, curves: Sequence[Curve]) -> list[str]:
+def summarise(report: Record, curves: Sequence[Curve]) -> list[str]:
     """The sentences at the top of the page.
 
     Args:
@@ -36,7 +35,7 @@ def summarise(report: Line, curves: Sequence[Curve]) -> list[str]:
     ]
 
 
-def _runs(report: Line) -> list[str]:
+def _runs(report: Record) -> list[str]:
     cells = report["cells"]
     finished = sum(cell["status"] == "finished" for cell in cells)
     sentences = [
@@ -52,11 +51,11 @@ def _runs(report: Line) -> list[str]:
     return sentences
 
 
-def _matched_kls(report: Line) -> list[float]:
+def _matched_kls(report: Record) -> list[float]:
     return sorted({row["kl"] for row in report["matched"]})
 
 
-def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[str]:
+def _at_kl(report: Record, curves: Sequence[Curve], kl: float, of: str) -> list[str]:
     rows = sorted(
         (row for row in report["matched"] if row["kl"] == kl and row["mean"] is not None),
         key=lambda row: -row["mean"],
@@ -73,7 +72,7 @@ def _at_kl(report: Line, curves: Sequence[Curve], kl: float, of: str) -> list[st
     ]
 
 
-def _finals(report: Line) -> list[str]:
+def _finals(report: Record) -> list[str]:
     """How the rules end, where they are compared at no KL and have one knob value each."""
     if report["matched"] or any(len(rule["values"]) > 1 for rule in report["rules"]):
         return []
@@ -94,7 +93,7 @@ def _finals(report: Line) -> list[str]:
         return ["At the end there is nothing to compare: no rule finished with all seeds."]
     rows.sort(key=lambda row: -row["mean"])
 
-    def difference(best: Line, row: Line, confidence: float) -> Interval:
+    def difference(best: Record, row: Record, confidence: float) -> Interval:
         return _paired(rewards[best["rule"]], rewards[row["rule"]], confidence)
 
     sentences = _ranking("At the end", rows, unranked, difference)
@@ -106,7 +105,7 @@ def _unranked(rules: Sequence[str], what: str) -> list[str]:
 
 
 def _ranking(
-    place: str, rows: Sequence[Line], unranked: Sequence[str], difference: Callable[[Line, Line, float], Interval]
+    place: str, rows: Sequence[Record], unranked: Sequence[str], difference: Callable[[Record, Record, float], Interval]
 ) -> list[str]:
     """Which rule has the highest mean, and whose lead is supported.
 
@@ -151,7 +150,7 @@ def _ranking(
     return sentences
 
 
-def _share_of_limit(report: Line, best: Line) -> list[str]:
+def _share_of_limit(report: Record, best: Record) -> list[str]:
     limit = report.get("limit")
     most = limit_at(limit, best["kl"])
     if most is None:
@@ -163,7 +162,9 @@ def _share_of_limit(report: Line, best: Line) -> list[str]:
     return [f"The most that {nats_text(best['kl'])} can buy is estimated at {gain}{bought}."]
 
 
-def paired_difference(curves: Sequence[Curve], kl: float, one: Line, other: Line, confidence: float = 0.95) -> Interval:
+def paired_difference(
+    curves: Sequence[Curve], kl: float, one: Record, other: Record, confidence: float = 0.95
+) -> Interval:
     """Student's t interval of the difference in reward of two rules at a KL, over the seeds that both have.
 
     Runs of one seed share their start, prompts and noise, so that their difference is what is observed.
@@ -193,7 +194,7 @@ def _paired(one: Mapping[int, float | None], other: Mapping[int, float | None], 
     return difference.low, difference.high
 
 
-def _bounds(report: Line) -> list[str]:
+def _bounds(report: Record) -> list[str]:
     sentences = []
     for rule in report["rules"]:
         cells = [
@@ -217,7 +218,7 @@ def _bounds(report: Line) -> list[str]:
     return sentences
 
 
-def _costs(report: Line) -> list[str]:
+def _costs(report: Record) -> list[str]:
     words = []
     for rule in report["rules"]:
         cells = [cell for cell in report["cells"] if cell["rule"] == rule["name"] and cell["iterations"]]
@@ -230,7 +231,7 @@ def _costs(report: Line) -> list[str]:
     return [f"An update costs, without the rollout and the critic's fit: {'; '.join(words)}."] if words else []
 
 
-def _one_update(report: Line) -> list[str]:
+def _one_update(report: Record) -> list[str]:
     study = report.get("one_update")
     rows = [row for row in study["rows"] if not row["error"]] if study else []
     rows = [row for row in rows if known(row["batch_gain"]) and known(row["fresh_gain"])]
@@ -247,7 +248,7 @@ def _one_update(report: Line) -> list[str]:
     ]
 
 
-def _estimate(row: Line) -> str:
+def _estimate(row: Record) -> str:
     interval = "" if row["low"] is None else f" [{number_text(row['low'])}, {number_text(row['high'])}]"
     return f"{number_text(row['mean'])}{interval}"
 

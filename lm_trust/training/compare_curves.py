@@ -23,9 +23,9 @@ from lm_trust.errors import UserError
 from lm_trust.training.config import Config, ControlConfig
 from lm_trust.training.config_file import load_config
 from lm_trust.training.curve_groups import group_runs
-from lm_trust.training.plots import BLUE, GREEN, GREY, INK, PURPLE, VERMILION, Line, picture, tidy
+from lm_trust.training.plots import BLUE, GREEN, GREY, INK, PURPLE, VERMILION, picture, tidy
 from lm_trust.training.progress import format_number
-from lm_trust.training.run_folder import RunFolder
+from lm_trust.training.run_folder import Record, RunFolder
 
 XAxis = Literal["steps", "iteration", "seconds"]
 
@@ -117,7 +117,7 @@ def group_curve(label: str, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
     return Curve(label, len(series), grid, mean, mean - half, mean + half)
 
 
-def _metrics(run: Path) -> list[Line]:
+def _metrics(run: Path) -> list[Record]:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run folder: it holds no config.yaml")
     metrics = RunFolder(run).metrics()
@@ -126,7 +126,7 @@ def _metrics(run: Path) -> list[Line]:
     return metrics
 
 
-def _records(run: Path, metrics: Sequence[Line], metric: str) -> Sequence[Line]:
+def _records(run: Path, metrics: Sequence[Record], metric: str) -> Sequence[Record]:
     """The lines that hold the metric: of the iterations, or of the evaluations."""
     if not metric.startswith(EVALUATION):
         return metrics
@@ -139,7 +139,9 @@ def _records(run: Path, metrics: Sequence[Line], metric: str) -> Sequence[Line]:
     return [*before, *periodic, *after]
 
 
-def _series(records: Sequence[Line], metrics: Sequence[Line], metric: str, x: XAxis) -> tuple[np.ndarray, np.ndarray]:
+def _series(
+    records: Sequence[Record], metrics: Sequence[Record], metric: str, x: XAxis
+) -> tuple[np.ndarray, np.ndarray]:
     """(M,) places and values of a run, where the value is known."""
     # Summed, because each session of a resumed run has a clock of its own.
     seconds = accumulate((line.get("iteration_seconds") or 0.0 for line in metrics), initial=0.0)
@@ -154,7 +156,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _no_metric(runs: Iterable[Sequence[Line]], metric: str) -> str:
+def _no_metric(runs: Iterable[Sequence[Record]], metric: str) -> str:
     if metric.startswith(EVALUATION):
         return f"--metric: no run has {metric}; see the keys of its evaluation.json"
     keys = {key for metrics in runs for line in metrics for key, value in line.items() if _is_number(value)}

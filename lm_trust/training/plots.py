@@ -6,7 +6,7 @@ Drawn with matplotlib's objects alone, so it needs no display and leaves a calle
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from lm_trust.training.run_folder import Record
 from lm_trust.verified_folder import replacing
 
 # After Okabe and Ito: told apart with any kind of colour vision.
@@ -36,17 +37,15 @@ STYLE = {
     "text.usetex": False,
 }
 
-Line = Mapping[str, Any]
-
 
 def learning_curve(
-    metrics: Sequence[Line],
+    metrics: Sequence[Record],
     path: Path | str,
     *,
     step_kl_bound: float | None,
     title: str,
     reward_label: str,
-    evaluations: Sequence[Line] | None = None,
+    evaluations: Sequence[Record] | None = None,
 ) -> None:
     """Draw a run's metrics to a PNG of 1,600 pixels' width, meant to be shown at half of it.
 
@@ -101,7 +100,9 @@ def tidy(axis: Axes) -> None:
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _draw_reward(axis: Axes, metrics: Sequence[Line], label: str, evaluations: Sequence[Line], evaluated: str) -> None:
+def _draw_reward(
+    axis: Axes, metrics: Sequence[Record], label: str, evaluations: Sequence[Record], evaluated: str
+) -> None:
     axis.set_ylabel(label, parse_math=False)
     axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     steps, rewards = _series(metrics, "reward_mean")
@@ -139,7 +140,7 @@ def _draw_reward(axis: Axes, metrics: Sequence[Line], label: str, evaluations: S
         _say_nothing_known(axis)
 
 
-def _draw_step_kl(axis: Axes, metrics: Sequence[Line], bound: float | None, label: str) -> None:
+def _draw_step_kl(axis: Axes, metrics: Sequence[Record], bound: float | None, label: str) -> None:
     axis.set_ylabel(label)
     # A rejected step's KL is zero because nothing moved: a mark at the foot, not a dip of the line.
     taken = [line for line in metrics if line.get("accepted") is not False]
@@ -180,7 +181,7 @@ def _draw_step_kl(axis: Axes, metrics: Sequence[Line], bound: float | None, labe
         _say_nothing_known(axis)
 
 
-def _draw_reference_kl(axis: Axes, metrics: Sequence[Line]) -> None:
+def _draw_reference_kl(axis: Axes, metrics: Sequence[Record]) -> None:
     axis.set_ylabel("reference KL\n(nats per sequence)")
     steps, values = _series(metrics, "reference_kl")
     axis.plot(steps, values, color=PURPLE, linewidth=1.8, marker="o" if len(values) < 3 else "", markersize=4)
@@ -190,7 +191,7 @@ def _draw_reference_kl(axis: Axes, metrics: Sequence[Line]) -> None:
         _say_nothing_known(axis)
 
 
-def _series(metrics: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
+def _series(metrics: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of the lines that know both."""
     known = [line for line in metrics if _known(line.get("steps")) and _known(line.get(key))]
     return [line["steps"] for line in known], [float(line[key]) for line in known]

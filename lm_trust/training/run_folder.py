@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from lm_trust.errors import UserError
 from lm_trust.verified_folder import replacing
 
+Record = dict[str, Any]  # what a line of a JSON Lines file or a part of a report says
+
 
 class RunFolder:
     """The files of one run.
@@ -101,19 +103,19 @@ class RunFolder:
         """What `note_chats` noted."""
         return (self.path / "prompts.json").is_file()
 
-    def append_metrics(self, metrics: dict[str, Any]) -> None:
+    def append_metrics(self, metrics: Record) -> None:
         """One line of metrics.jsonl; numbers that are not finite become null."""
         self._append("metrics.jsonl", metrics)
 
-    def append_evaluation(self, evaluation: dict[str, Any]) -> None:
+    def append_evaluation(self, evaluation: Record) -> None:
         """One line of evaluations.jsonl."""
         self._append("evaluations.jsonl", evaluation)
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Record]:
         """All lines of metrics.jsonl."""
         return self._lines("metrics.jsonl")
 
-    def evaluations(self) -> list[dict[str, Any]]:
+    def evaluations(self) -> list[Record]:
         """All lines of evaluations.jsonl."""
         return self._lines("evaluations.jsonl")
 
@@ -129,7 +131,7 @@ class RunFolder:
             if table > self.completions(iteration):
                 table.unlink()
 
-    def evaluation(self) -> dict[str, Any]:
+    def evaluation(self) -> Record:
         """evaluation.json, empty where there is none yet."""
         path = self.path / "evaluation.json"
         return read_json(path) if path.exists() else {}
@@ -140,15 +142,15 @@ class RunFolder:
         if noted.pop("after", None) is not None:
             self.write_evaluation(noted)
 
-    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+    def write_evaluation(self, evaluation: Record) -> None:
         """evaluation.json, whole or not at all."""
         self.replace("evaluation.json", json_text(evaluation))
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def _append(self, name: str, record: Record) -> None:
         with self.writing(name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _lines(self, name: str) -> list[Record]:
         """The file's records; a last line that a kill left unfinished is not one.
 
         Raises:
@@ -174,12 +176,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / "evaluation.json").is_file() and "after" in RunFolder(folder).evaluation()
 
 
-def json_text(record: dict[str, Any]) -> str:
+def json_text(record: Record) -> str:
     """A JSON file's text, to be read by people too; numbers that are not finite become null."""
     return json.dumps(_finite(record), indent=2) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Record:
     """What `json_text` wrote.
 
     Raises:
@@ -194,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
+def _record(line: bytes, where: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -204,7 +206,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: Record) -> str:
     return json.dumps(_finite(record)) + "\n"
 
 
