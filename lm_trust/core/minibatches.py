@@ -11,8 +11,8 @@ from torch import Tensor
 from lm_trust.core.processes import RowRange
 
 
-class Part(NamedTuple):
-    """One minibatch.
+class Minibatch(NamedTuple):
+    """One of a pass over the rows.
 
     Attributes:
         rows: where its rows of this process stand in the shuffled order; there may be none.
@@ -23,7 +23,7 @@ class Part(NamedTuple):
     total: int
 
 
-def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> tuple[Tensor, list[Part]]:
+def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> tuple[Tensor, list[Minibatch]]:
     """One pass over the rows of all processes, in an order that does not hang on how they are spread.
 
     Args:
@@ -40,10 +40,10 @@ def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> 
     edges = [placed.total * part // count for part in range(count + 1)] if count else []
     chunks = [slice(start, stop) for start, stop in pairwise(edges)]
     if placed.count == placed.total:  # each selection would be of all
-        return order, [Part(chunk, chunk.stop - chunk.start) for chunk in chunks]
+        return order, [Minibatch(chunk, chunk.stop - chunk.start) for chunk in chunks]
     own = [placed.own(order[chunk]) for chunk in chunks]
     parts, start = [], 0
     for rows, chunk in zip(own, chunks, strict=True):
-        parts.append(Part(slice(start, start + len(rows)), chunk.stop - chunk.start))
+        parts.append(Minibatch(slice(start, start + len(rows)), chunk.stop - chunk.start))
         start += len(rows)
     return torch.cat(own), parts

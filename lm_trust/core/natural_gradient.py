@@ -16,14 +16,14 @@ from lm_trust.core.batch import spread_rows
 from lm_trust.core.conjugate_gradient import ConjugateGradientResult, conjugate_gradient
 from lm_trust.core.fisher import FisherOperator, forbids_second_derivative
 from lm_trust.core.linearisation import knows_its_derivative
-from lm_trust.core.objective import SurrogateObjective
+from lm_trust.core.objective import RowIndex, SurrogateObjective
 from lm_trust.core.passes import is_sharded
 from lm_trust.core.preconditioner import Preconditioner, gradient_preconditioner
 from lm_trust.core.report import StepReport
 
 
 @dataclass(frozen=True)
-class NaturalGradient:
+class AscentDirection:
     """A direction of ascent, at a size at which no square can overflow.
 
     Attributes:
@@ -53,7 +53,7 @@ def natural_gradient(
     microbatch_size: int | None,
     cg_tolerance: float = 1e-10,
     preconditioner: Preconditioner = None,
-) -> tuple[NaturalGradient | None, StepReport]:
+) -> tuple[AscentDirection | None, StepReport]:
     """The direction at the present parameters, which become theta_old of the objective.
 
     Args:
@@ -66,7 +66,7 @@ def natural_gradient(
         The direction, or None where there is none; and a report, not accepted, with its numbers and, where there is
         none, the reason.
     """
-    rows: slice | Tensor = slice(None)
+    rows: RowIndex = slice(None)
     if fisher_fraction < 1:
         rows = objective.placed.own(spread_rows(objective.placed.total, fisher_fraction))
     shared = rows if _can_share(objective.policy, fisher_method, len(objective.mask[rows]), microbatch_size) else None
@@ -119,11 +119,11 @@ def natural_gradient(
     if not solved.curvature > 0:
         report.reason = "negative_curvature"
         return None, report
-    return NaturalGradient(gradient, largest.item(), unit, solved, solve), report
+    return AscentDirection(gradient, largest.item(), unit, solved, solve), report
 
 
 def _gradient(
-    objective: SurrogateObjective, parameters: list[nn.Parameter], shared: slice | Tensor | None, fisher_method: str
+    objective: SurrogateObjective, parameters: list[nn.Parameter], shared: RowIndex | None, fisher_method: str
 ) -> tuple[Tensor, str]:
     """The objective's gradient, sharing its passes where it can, and the Fisher method that is left."""
     try:

@@ -22,7 +22,7 @@ from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, placed_rows, summed
 from lm_trust.core.surrogate import ratio
 
-Rows = slice | Tensor  # of a batch: a range, or indices
+RowIndex = slice | Tensor  # of a batch: a range, or indices
 
 
 class Measurement(NamedTuple):
@@ -59,7 +59,7 @@ class _Steps(NamedTuple):
     def among(cls, mask: Tensor) -> _Steps:
         return cls(mask, summed(mask.sum()).clamp_min(1))
 
-    def mean(self, x: Tensor, rows: Rows) -> Tensor:
+    def mean(self, x: Tensor, rows: RowIndex) -> Tensor:
         """Sum of the values of some rows, zero where not valid, over the number of all rows' steps; in float64."""
         counted = x if self.mask is None else torch.where(self.mask[rows], x, 0.0)
         return counted.sum(dtype=torch.float64) / self.count
@@ -126,8 +126,8 @@ class SurrogateObjective:
         # The steps that the gradient and the gain are means over.
         self._learnt, self._judged = self._split(holdout_fraction) if holdout_fraction else (self._valid, self._valid)
         self._microbatch_size = microbatch_size
-        self._chunks: list[Rows] = list(passes(policy, len(actions), microbatch_size))
-        self._linearised: Rows | None = None  # one of the chunks
+        self._chunks: list[RowIndex] = list(passes(policy, len(actions), microbatch_size))
+        self._linearised: RowIndex | None = None  # one of the chunks
         self._old: list[Distribution] = []
         self._start = 0.0
 
@@ -144,7 +144,7 @@ class SurrogateObjective:
             self._add_to_start(rows, *self._per_step(_at_start, rows, piece))
         self._sum_start()
 
-    def gradient(self, parameters: list[nn.Parameter], *, linearise: Rows | None = None) -> Tensor:
+    def gradient(self, parameters: list[nn.Parameter], *, linearise: RowIndex | None = None) -> Tensor:
         """(P,) gradient of the objective at the present parameters, which become theta_old.
 
         Where the reference KL is bounded, `reference_gradient` is filled in from the same pass.
@@ -213,14 +213,14 @@ class SurrogateObjective:
         heldout = heldout.view(-1, *[1] * (self.mask.ndim - 1))
         return _Steps.among(self.mask & ~heldout), _Steps.among(self.mask & heldout)
 
-    def _set_apart(self, rows: Rows) -> None:
+    def _set_apart(self, rows: RowIndex) -> None:
         """Make the rows the last chunk: its graph is kept, and so it is alone then."""
         indices = torch.arange(len(self._actions))
         others = indices[~torch.isin(indices, indices[rows])]
         pieces = row_chunks(len(others), self._microbatch_size) if len(others) else []
         self._chunks, self._linearised = [*(others[piece] for piece in pieces), rows], rows
 
-    def _add_to_start(self, rows: Rows, objective: Tensor, reference_kl: Tensor | None = None) -> None:
+    def _add_to_start(self, rows: RowIndex, objective: Tensor, reference_kl: Tensor | None = None) -> None:
         self._start += self._judged.mean(objective, rows).item()
         if reference_kl is not None:
             here = self._valid.mean(reference_kl, rows).item() * self.steps_per_row
@@ -237,7 +237,9 @@ class SurrogateObjective:
     def _numbers(self, *numbers: float) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device=self.mask.device)
 
-    def _per_step(self, function: Callable[..., Any], rows: Rows, *distributions: Distribution) -> tuple[Tensor, ...]:
+    def _per_step(
+        self, function: Callable[..., Any], rows: RowIndex, *distributions: Distribution
+    ) -> tuple[Tensor, ...]:
         if self._reference is not None:
             distributions = (*distributions, self._reference[rows])
             function = partial(function, reference_loss=self._reference_loss, bounded=self._bounded)
@@ -250,7 +252,7 @@ class SurrogateObjective:
         )
         return values if isinstance(values, tuple) else (values,)
 
-    def _select(self, rows: Rows) -> Any:
+    def _select(self, rows: RowIndex) -> Any:
         return self._observations if len(self._chunks) == 1 else self._observations[rows]
 
 

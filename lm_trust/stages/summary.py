@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-Rows = list[tuple[str, Callable[[Mapping[str, Any]], str]]]
+TableRows = list[tuple[str, Callable[[Mapping[str, Any]], str]]]
 
 
-def print_stage(evaluation: Mapping[str, Mapping[str, Any]], console: Console, rows: Rows) -> None:
+def print_stage(evaluation: Mapping[str, Mapping[str, Any]], console: Console, rows: TableRows) -> None:
     """Print an evaluation, {"before": {...}, "after": {...}}; rows: what each line is called and how it reads."""
     count = next(iter(evaluation.values()))["count"]
     console.print()

@@ -25,7 +25,7 @@ from lm_trust.lm.text_models import positions_of
 from lm_trust.stages.curve import Panel, stage_curve
 from lm_trust.stages.data import Examples
 from lm_trust.stages.progress import StageProgress
-from lm_trust.stages.summary import Rows, print_stage
+from lm_trust.stages.summary import TableRows, print_stage
 from lm_trust.training.config_file import dump
 from lm_trust.training.config_stages import StageConfig
 from lm_trust.training.interruption import Interruption
@@ -163,7 +163,7 @@ def run_stage(
     evaluate: Evaluate,
     keys: dict[str, str],
     panels: list[Panel],
-    rows: Rows,
+    rows: TableRows,
 ) -> int:
     """Evaluate, train, save, evaluate again, draw and print.
 

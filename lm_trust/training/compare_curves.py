@@ -36,7 +36,7 @@ EVALUATION = "evaluation/"  # before a metric: of the held-out evaluations
 
 
 @dataclass(frozen=True)
-class Curve:
+class GroupCurve:
     """What is drawn of a group of N runs: (M,) places, mean, and the interval's ends, None for a single run."""
 
     label: str
@@ -97,7 +97,7 @@ def plot_runs(
     return lines
 
 
-def group_curve(label: str, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> Curve:
+def group_curve(label: str, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> GroupCurve:
     """The mean of several runs' (places, values), and its 95 % interval.
 
     Args:
@@ -105,7 +105,7 @@ def group_curve(label: str, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
         series: each run's places in rising order, and its values there.
     """
     if len(series) == 1:
-        return Curve(label, 1, *series[0])
+        return GroupCurve(label, 1, *series[0])
     start, end = max(places[0] for places, _ in series), min(places[-1] for places, _ in series)
     shared = np.unique(np.concatenate([places for places, _ in series]))
     shared = shared[(shared >= start) & (shared <= end)]
@@ -114,7 +114,7 @@ def group_curve(label: str, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
     values = np.stack([np.interp(grid, places, run) for places, run in series])
     mean = values.mean(0)
     half = stdtrit(len(series) - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(len(series))
-    return Curve(label, len(series), grid, mean, mean - half, mean + half)
+    return GroupCurve(label, len(series), grid, mean, mean - half, mean + half)
 
 
 def _metrics(run: Path) -> list[Record]:
@@ -165,7 +165,7 @@ def _no_metric(runs: Iterable[Sequence[Record]], metric: str) -> str:
     return f"--metric: no run has {metric}; {hint}"
 
 
-def _in_words(curve: Curve, x: XAxis) -> str:
+def _in_words(curve: GroupCurve, x: XAxis) -> str:
     last = format_number(float(curve.mean[-1]))
     if curve.low is not None:
         last += f" [{format_number(float(curve.low[-1]))}, {format_number(float(curve.high[-1]))}]"
@@ -188,7 +188,7 @@ def _words(configs: Iterable[Config], metric: str, x: XAxis) -> tuple[str, str, 
     return x_label, y_label, environments.pop() if len(environments) == 1 else ""
 
 
-def _draw_curves(figure: Figure, curves: Sequence[Curve], x_label: str, y_label: str) -> None:
+def _draw_curves(figure: Figure, curves: Sequence[GroupCurve], x_label: str, y_label: str) -> None:
     axis = figure.subplots()
     tidy(axis)
     for number, curve in enumerate(curves):
@@ -206,7 +206,7 @@ def _draw_curves(figure: Figure, curves: Sequence[Curve], x_label: str, y_label:
         figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.98, ha="right")
 
 
-def _draw(axis: Axes, curve: Curve, colour: str, dash: Any) -> None:
+def _draw(axis: Axes, curve: GroupCurve, colour: str, dash: Any) -> None:
     if curve.low is not None:
         axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
     label = f"{curve.label} ({_count(curve.runs)})"

@@ -17,7 +17,7 @@ from lm_trust.training.run_folder import RunFolder
 NAME = "monitor.csv"
 COLUMNS = "r,l,t,steps\n"
 
-Episode = tuple[float, int, int]  # return, length, environment steps of the run at its end
+FinishedEpisode = tuple[float, int, int]  # return, length, environment steps of the run at its end
 
 
 class Monitor:
@@ -48,7 +48,7 @@ class Monitor:
         header = json.dumps({"t_start": self._started, "env_id": environment})
         folder.replace(NAME, "".join([f"#{header}\n", COLUMNS, *kept]))
 
-    def append(self, episodes: Iterable[Episode]) -> None:
+    def append(self, episodes: Iterable[FinishedEpisode]) -> None:
         """Note the episodes that an iteration finished; their time is that of the iteration's end."""
         seconds = round(time.time() - self._started, 6)
         lines = [f"{round(total, 6)},{length},{seconds},{steps}\n" for total, length, steps in episodes]

@@ -25,7 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-World = Literal["language", "control"]
+WorldName = Literal["language", "control"]
 
 REASONS = {
     "zero_gradient": "zero gradient",
@@ -70,7 +70,7 @@ class Progress:
         total_iterations: int,
         *,
         step_kl_bound: float | None,
-        world: World,
+        world: WorldName,
         console: Console | None = None,
         completed: int = 0,
     ) -> None:

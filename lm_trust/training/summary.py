@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm_trust.training.progress import World, format_number
+from lm_trust.training.progress import WorldName, format_number
 
 WIDTH = 80
 SAMPLES = 4
@@ -25,7 +25,7 @@ INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 Evaluation = Mapping[str, Any]
 
 
-def print_summary(evaluation: Mapping[str, Evaluation | None], console: Console, *, world: World) -> None:
+def print_summary(evaluation: Mapping[str, Evaluation | None], console: Console, *, world: WorldName) -> None:
     """Print an evaluation (the content of evaluation.json) in at most 80 columns.
 
     Args:
