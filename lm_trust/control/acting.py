@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_trust.control.normaliser import CLIP
 from lm_trust.control.policies import MLPPolicy
 
 # Raw observations (B, O) to actions as drawn, (B,) or (B, A). Those made here can be sent to another process.
@@ -103,22 +104,22 @@ class _Network:
     hidden: list[tuple[np.ndarray, np.ndarray]]
     last: tuple[np.ndarray, np.ndarray]
     activation: str
-    normalisation: tuple[np.ndarray, np.ndarray, float] | None
+    normalisation: tuple[np.ndarray, np.ndarray] | None
 
     @classmethod
     def of(cls, policy: MLPPolicy) -> _Network:
         layers = [(_array(layer.weight).T, _array(layer.bias)) for layer in (*policy.body.hidden, policy.body.last)]
         normaliser, normalisation = policy.normaliser, None
         if normaliser is not None and normaliser.count:
-            normalisation = _array(normaliser.shift), _array(normaliser.scale), normaliser.clip
+            normalisation = _array(normaliser.shift), _array(normaliser.scale)
         return cls(layers[:-1], layers[-1], policy.body.activation, normalisation)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         if self.normalisation is not None:
-            shift, scale, clip = self.normalisation
+            shift, scale = self.normalisation
             x = x - shift
             x *= scale
-            np.minimum(np.maximum(x, -clip, out=x), clip, out=x)
+            np.minimum(np.maximum(x, -CLIP, out=x), CLIP, out=x)
         activate = ACTIVATIONS[self.activation]
         for weight, bias in self.hidden:
             x = x @ weight

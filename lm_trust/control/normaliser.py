@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lm_trust.core.processes import all_rows
 
+CLIP = 10.0  # standard deviations: nothing normalised is larger; as in stable-baselines3
+
 
 def merge_moments(mean: Tensor, variance: Tensor, count: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (population) variance of all rows seen so far, with those of `batch` added.
@@ -42,12 +44,10 @@ class ObservationNormaliser(nn.Module):
 
     Args:
         size: O, the length of an observation.
-        clip: largest magnitude of the result, in standard deviations.
     """
 
-    def __init__(self, size: int, *, clip: float = 10.0) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.clip = clip
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("var", torch.ones(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -70,7 +70,7 @@ class ObservationNormaliser(nn.Module):
         """(..., O) raw to (..., O) normalised."""
         if not self.count:
             return observations
-        return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
+        return ((observations - self.shift) * self.scale).clamp(-CLIP, CLIP)
 
 
 class RewardNormaliser(nn.Module):
@@ -84,12 +84,11 @@ class RewardNormaliser(nn.Module):
     Args:
         count: B environments.
         gamma: discount.
-        clip: largest magnitude of a scaled reward.
     """
 
-    def __init__(self, count: int, gamma: float, *, clip: float = 10.0) -> None:
+    def __init__(self, count: int, gamma: float) -> None:
         super().__init__()
-        self.gamma, self.clip = gamma, clip
+        self.gamma = gamma
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("var", torch.ones((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -117,4 +116,4 @@ class RewardNormaliser(nn.Module):
         self.returns = torch.from_numpy(running)
         batch = all_rows(torch.from_numpy(returns.reshape(-1) if mask is None else returns[mask.numpy().T]))
         self.mean, self.var, self.count = merge_moments(self.mean, self.var, self.count, batch)
-        return (rewards * torch.rsqrt(self.var + 1e-8)).clamp(-self.clip, self.clip).to(rewards.dtype)
+        return (rewards * torch.rsqrt(self.var + 1e-8)).clamp(-CLIP, CLIP).to(rewards.dtype)

@@ -43,9 +43,11 @@ def test_statistics_are_numpys_whatever_the_chunks(offset):
 
 def test_what_comes_out_is_standardised_and_clipped():
     rows = data(offset=4.0)
-    normaliser = ObservationNormaliser(3, clip=2.0)
+    rows[:2] += torch.tensor([[100.0], [-100.0]])  # two of a thousand: some 15 standard deviations off
+    normaliser = ObservationNormaliser(3)
     normaliser.update(rows.reshape(10, 100, 3))
-    expected = ((rows.numpy() - rows.numpy().mean(0)) / rows.numpy().std(0)).clip(-2, 2)
+    expected = ((rows.numpy() - rows.numpy().mean(0)) / rows.numpy().std(0)).clip(-10, 10)
+    assert (abs(expected[:2]) == 10).all()
     np.testing.assert_allclose(normaliser(rows.float()), expected, atol=1e-5)
     assert normaliser(rows.float()).dtype == torch.float32
 
