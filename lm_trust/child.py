@@ -30,12 +30,12 @@ class ChildDied(RuntimeError):  # noqa: N818 - it says what happened
 
 
 class Child:
-    """A fork of this process that holds `target`; it ends with `close`, with this object, and with this process.
+    """A process that holds `target`; it ends with `close`, with this object, and with this process.
 
     Args:
         target: as it is now; what the child does to it is not seen here, but for what lies in shared memory.
-        name: for messages, such as "the critic".
-        fresh: a new interpreter in the place of a fork, to which the target is sent; it shares nothing with this one.
+        name: for messages, the setting that asks for it, such as "critic.own_process".
+        fresh: a new interpreter, to which the target is sent and which shares nothing with this one; else a fork of it.
 
     Raises:
         UserError: this platform cannot fork.
