@@ -9,18 +9,18 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from lm_trust.training.progress import (
     PLAIN_LINES,
     ROWS,
-    WIDEST,
     format_duration,
     format_number,
     format_rate,
+    live_display,
     progress_line,
+    stacked,
 )
 
 
@@ -43,10 +43,7 @@ class StageProgress:
         self._left: float | None = None
         # Rebound, never mutated: the display's own thread reads it.
         self._recent: tuple[list[str], ...] = ()
-        # FORCE_COLOR makes rich take a file for a terminal; a log must still not get cursor movements.
-        isatty = getattr(console.file, "isatty", lambda: False)
-        on_terminal = console.is_interactive and isatty()
-        self._live = Live(self, console=console, refresh_per_second=4) if on_terminal else None
+        self._live = live_display(self, console)
 
     def __enter__(self) -> StageProgress:
         return self
@@ -87,12 +84,7 @@ class StageProgress:
         # Bar, gap and headings above; more than the window holds would be cut off at the newest.
         for cells in self._recent[-max(1, self._console.height - 5) :]:
             table.add_row(*cells)
-        display = Table.grid(expand=False)
-        display.width = min(self._console.width, WIDEST)
-        display.add_column(ratio=1)
-        for part in (header, "", table):
-            display.add_row(part)
-        return display
+        return stacked(header, table, self._console)
 
     def _print(self, cells: Sequence[str]) -> None:
         widths = [max(7, len(heading)) for heading in [*self._headings, "left"]]

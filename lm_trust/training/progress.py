@@ -89,11 +89,7 @@ class Progress:
             self._stride = math.ceil(total_iterations / PLAIN_LINES)
         self._unprinted: list[Mapping[str, Any]] = []
         self._printed_any = False
-        # FORCE_COLOR makes rich take a file for a terminal; a log must still not get cursor movements.
-        isatty = getattr(self.console.file, "isatty", lambda: False)
-        self._live: Live | None = None
-        if self.console.is_interactive and isatty():
-            self._live = Live(self, console=self.console, refresh_per_second=4)
+        self._live = live_display(self, self.console)
 
     def __enter__(self) -> Progress:
         self._start = self._updated = time.monotonic()
@@ -140,13 +136,7 @@ class Progress:
         """The live display: a line with bar, elapsed and remaining time, then the latest iterations."""
         # Bar, gap and two lines of headings above; more than the window holds would be cut off at the newest.
         rows = self._recent[-max(1, self.console.height - 6) :]
-        display = Table.grid(expand=False)
-        display.width = min(self.console.width, WIDEST)
-        display.add_column(ratio=1)
-        display.add_row(self._header())
-        display.add_row("")
-        display.add_row(self._table(rows, ascii_only=self.console.options.ascii_only))
-        return display
+        return stacked(self._header(), self._table(rows, ascii_only=self.console.options.ascii_only), self.console)
 
     def _header(self) -> RenderableType:
         now = time.monotonic()
@@ -241,6 +231,23 @@ def format_rate(value: float | None) -> str:
         if value < limit:
             return f"{value / scale:.{1 if suffix == 'M' else 0}f}{suffix}"
     return f"{value / 1e6:.0f}M" if value < 999.5e6 else f"{value:.0e}"
+
+
+def live_display(shown: RenderableType, console: Console) -> Live | None:
+    """What draws it in place, again and again; None where there is no terminal."""
+    # FORCE_COLOR makes rich take a file for a terminal; a log must still not get cursor movements.
+    isatty = getattr(console.file, "isatty", lambda: False)
+    return Live(shown, console=console, refresh_per_second=4) if console.is_interactive and isatty() else None
+
+
+def stacked(header: RenderableType, table: RenderableType, console: Console) -> RenderableType:
+    """A live display: its header, a gap and its table, as wide as can be read."""
+    display = Table.grid(expand=False)
+    display.width = min(console.width, WIDEST)
+    display.add_column(ratio=1)
+    for part in (header, "", table):
+        display.add_row(part)
+    return display
 
 
 def progress_line(unit: str, done: int, total: int, elapsed: float, left: float | None) -> RenderableType:
