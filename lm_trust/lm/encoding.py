@@ -29,11 +29,18 @@ def encode(
     template, which sets its own start token and opens the model's answer; its messages may not spell special tokens,
     which would end or forge a message.
 
-    context: positions that the model has, None where it sets no limit. vocabulary: tokens that it has an embedding of;
-    None: all of the tokenizer's. max_tokens: the longest prompt allowed besides. truncate: how many of a plain text's
-    first tokens are the prompt; None: all of them. What is left of the text is what rewards receive. bad: takes the
-    prompts without tokens, too long, with tokens that the model lacks, or not fit for the template.
-    Raises UserError for the first of them where bad rows are errors, with the number of the others.
+    Args:
+        context: positions that the model has, None where it sets no limit.
+        max_new_tokens: how many of them the completion may need.
+        vocabulary: tokens that the model has an embedding of; None: all of the tokenizer's.
+        max_tokens: the longest prompt allowed besides.
+        truncate: how many of a plain text's first tokens are the prompt; None: all of them. What is left of the text
+            is what rewards receive.
+        bad: takes the prompts without tokens, too long, with tokens that the model lacks, or not fit for the template.
+
+    Raises:
+        UserError: the first of these where bad rows are errors, with the number of the others; no prompt can be used,
+            or has room; chats without a chat template, or to be truncated.
     """
     bad = bad or BadRows()
     ids = _ids(tokenizer, prompts)

@@ -39,9 +39,13 @@ Chat = list[dict[str, Any]]
 class Prompts:
     """N prompts, none empty, with the other columns of their rows.
 
-    texts: N strings, of a chat its last user message. fields: each other column, N values, None where a row lacks
-    it. source: the file or dataset; unit: what its rows are called, "line" or "row"; numbers: where each prompt
-    stands in it, from 1. chats: N chats, None for a prompt that is a plain text; None where all are.
+    Attributes:
+        texts: N strings, of a chat its last user message.
+        fields: each other column, N values, None where a row lacks it.
+        source: the file or dataset.
+        unit: what its rows are called, "line" or "row".
+        numbers: where each prompt stands in it, from 1.
+        chats: N chats, None for a prompt that is a plain text; None where all are.
     """
 
     texts: list[str]
@@ -106,10 +110,16 @@ def load_prompts(
 ) -> Prompts:
     """Read prompts.
 
-    path, split: see `read_rows`. field: the column that holds the prompt, a text or a list of messages. chat: make
-    a text a user's message. bad: takes the malformed rows: bad JSON, no such field, neither a text nor messages,
-    nothing in it; without it the first one is an error. heldout: of a dataset with several splits take `test`.
-    Raises UserError, naming file, line and field, for a file that cannot be read and a bad row.
+    Args:
+        path, split: see `read_rows`.
+        field: the column that holds the prompt, a text or a list of messages.
+        chat: make a text a user's message.
+        bad: takes the malformed rows: bad JSON, no such field, neither a text nor messages, nothing in it; without it
+            the first one is an error.
+        heldout: of a dataset with several splits take `test`.
+
+    Raises:
+        UserError: a file cannot be read, or a row is bad; names file, line and field.
     """
     if heldout:
         file = read_rows(path, key="prompts.heldout", usual_split="test")
@@ -166,8 +176,13 @@ def _last_user_text(chat: Chat) -> str:
 def split_heldout(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts, Prompts]:
     """(training, held out): a split by the seed alone, each side in the prompts' own order.
 
-    fraction: of the distinct prompts that are held out, in (0, 1). Rows with the same prompt stay on one side, so
-    that no held-out prompt was ever trained on. Raises UserError where a side would be empty.
+    Rows with the same prompt stay on one side, so that no held-out prompt was ever trained on.
+
+    Args:
+        fraction: of the distinct prompts that are held out, in (0, 1).
+
+    Raises:
+        UserError: a side would be empty.
     """
     whole = [prompts.whole(index) for index in range(len(prompts))]
     distinct = list(dict.fromkeys(whole))
@@ -212,7 +227,11 @@ class PromptSampler:
         return {"count": self.count, "left": self._left.clone(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken. Raises UserError where the number of prompts is another."""
+        """Continue where the state was taken.
+
+        Raises:
+            UserError: the number of prompts is another.
+        """
         if state["count"] != self.count:
             raise UserError(
                 f"prompts: the checkpoint was made with {state['count']} training prompts and there are "

@@ -34,10 +34,16 @@ def load_reasoning(
 ) -> tuple[Prompts, Prompts]:
     """(training, held out): `count` and `heldout_count` problems, no two with the same question.
 
-    task: the package's name of it. arguments: its settings. template: the prompt, {question} standing for the
-    problem. chat: make the prompt a user's message. seed: decides the problems and the split, and nothing else does.
-    Raises UserError for a missing package, an unknown task, arguments that it does not take, a template without its
-    {question}, and a task that has too few distinct problems.
+    Args:
+        task: the package's name of it.
+        arguments: its settings.
+        template: the prompt, {question} standing for the problem.
+        chat: make the prompt a user's message.
+        seed: decides the problems and the split, and nothing else does.
+
+    Raises:
+        UserError: a missing package, an unknown task, arguments that it does not take, a template without its
+            {question}, or a task that has too few distinct problems.
     """
     check_template(template)
     problems = _distinct(task, dict(arguments), count, heldout_count, stream_seed(seed, "lm.reasoning") % 2**31)

@@ -34,8 +34,11 @@ class RewardError(UserError):
 class Question:
     """A reward function and how it is called.
 
-    function: sync or async. name: what errors call it. timeout: seconds a call may take; None: no limit.
-    parallel: calls at once, each of one sample; 1: one call for all samples.
+    Attributes:
+        function: sync or async.
+        name: what errors call it.
+        timeout: seconds a call may take; None: no limit.
+        parallel: calls at once, each of one sample; 1: one call for all samples.
     """
 
     function: Reward

@@ -39,9 +39,14 @@ def run_calls(
 ) -> list[Outcome]:
     """Call the function with each of the keyword arguments.
 
-    calls: N sets of them. timeout: seconds that one call may take. parallel: how many run at once.
-    Returns the outcomes in the order of the calls. After a call that failed no further one begins, so that there may
-    be fewer than N; then one of them holds the first failure of all.
+    Args:
+        calls: N sets of them.
+        timeout: seconds that one call may take.
+        parallel: how many run at once.
+
+    Returns:
+        The outcomes in the order of the calls. After a call that failed no further one begins, so that there may be
+        fewer than N; then one of them holds the first failure of all.
     """
     if timeout is None and parallel == 1 and not _is_async(function):
         outcomes = []

@@ -52,7 +52,9 @@ def exact_match(completions: list[str], answer: list) -> list[float]:
     number and the last number of the completion equals it. A number is ASCII digits with an optional sign, decimal
     fraction and commas between thousands, and does not begin inside a word: `1,234.50` equals 1234.5; in `x2` there
     is none.
-    Raises ValueError for a sample whose answer is None, NaN or blank.
+
+    Raises:
+        ValueError: a sample's answer is None, NaN or blank.
     """
     return [_gives(completion, wanted) for completion, wanted in zip(completions, answer, strict=True)]
 
@@ -82,9 +84,13 @@ BUILT_IN: dict[str, Reward] = {
 def resolve_reward(name: str, *, key: str = "rewards[0].name") -> Reward:
     """The reward function that a configuration names.
 
-    name: a built-in name, `package.module:function` or `package.module.function`; the working directory is
-    importable, as with `python -m`. key: the configuration key that errors name.
-    Raises UserError for an unknown name, a module that cannot be imported and a thing that is not callable.
+    Args:
+        name: a built-in name, `package.module:function` or `package.module.function`; the working directory is
+            importable, as with `python -m`.
+        key: the configuration key that errors name.
+
+    Raises:
+        UserError: an unknown name, a module that cannot be imported, or a thing that is not callable.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]

@@ -48,10 +48,15 @@ _LEVEL_COLUMNS = {"sequence": (), "token": ("completion_tokens",), "step": ("ste
 class RewardPart:
     """One reward of a weighted sum.
 
-    function: a name as in a configuration, or a callable. weight: its factor in the sum. dense: it scores unfinished
-    texts too, and each token is paid the change it makes; with level sequence. level: what it gives numbers for.
-    step_delimiter: ends a step, with level step. timeout, parallel: see `Question`. process, memory: see
-    `RewardProcess`, which needs a name. label: what metrics call it; None: the last piece of the function's name.
+    Attributes:
+        function: a name as in a configuration, or a callable.
+        weight: its factor in the sum.
+        dense: it scores unfinished texts too, and each token is paid the change it makes; with level sequence.
+        level: what it gives numbers for.
+        step_delimiter: ends a step, with level step.
+        timeout, parallel: see `Question`.
+        process, memory: see `RewardProcess`, which needs a name.
+        label: what metrics call it; None: the last piece of the function's name.
     """
 
     function: str | Reward
@@ -94,9 +99,10 @@ class DeferredReward:
 class RewardScores:
     """What a batch of B completions scored.
 
-    total: (B,) float64 on the CPU, the weighted sum.
-    parts: each reward's own score by its label, (B,) float64, before its weight; of token and step rewards the sum.
-    pieces: by label the B lists of numbers that token and step rewards gave.
+    Attributes:
+        total: (B,) float64 on the CPU, the weighted sum.
+        parts: each reward's own score by its label, (B,) float64, before its weight; of token and step rewards the sum.
+        pieces: by label the B lists of numbers that token and step rewards gave.
     """
 
     total: Tensor
@@ -118,9 +124,12 @@ class _Part:
 class WeightedRewards:
     """Several rewards as one: total = sum over the parts of weight x score.
 
-    rewards: parts in the configuration's order; a tuple (function, weight) or (function, weight, dense) may stand for
-    one. Every name is resolved at once, so that a wrong one is found before any model loads. A repeated label gets a
-    number: `vader`, `vader_2`.
+    Every name is resolved at once, so that a wrong one is found before any model loads. A repeated label gets a number:
+    `vader`, `vader_2`.
+
+    Args:
+        rewards: parts in the configuration's order; a tuple (function, weight) or (function, weight, dense) may stand
+            for one.
     """
 
     def __init__(self, rewards: Iterable[RewardPart | tuple[str | Reward, float] | tuple[str | Reward, float, bool]]):
@@ -152,7 +161,11 @@ class WeightedRewards:
                 part.question.function.load()
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise UserError where a reward takes a column that is not there: call it before models load."""
+        """See that the prompts have the columns that the rewards take; call it before models load.
+
+        Raises:
+            UserError: one is not there, or has a name under which rewards receive something else.
+        """
         columns = list(columns)
         for part in self._parts:
             for name in part.reserved:
@@ -180,11 +193,16 @@ class WeightedRewards:
     ) -> RewardScores:
         """Score B completions.
 
-        prompts, completions: B texts each. fields: the prompts' other columns, B values each. lengths, ended, tokens:
-        the columns `completion_lengths`, `completion_ended` and `completion_tokens`, needed where a reward takes them.
-        pays: ask only the parts that pay in one of these ways, for texts that are not finished.
-        Raises RewardError, from the original exception where there is one, naming the reward and, where it
-        can be found, the first offending sample.
+        Args:
+            prompts, completions: B texts each.
+            fields: the prompts' other columns, B values each.
+            lengths, ended, tokens: the columns `completion_lengths`, `completion_ended` and `completion_tokens`, needed
+                where a reward takes them.
+            pays: ask only the parts that pay in one of these ways, for texts that are not finished.
+
+        Raises:
+            RewardError: a reward failed; from the original exception where there is one. It names the reward and,
+                where it can be found, the first offending sample.
         """
         self.check_columns(fields or ())
         samples: dict[str, list] = {**(fields or {}), "prompts": prompts, "completions": completions}

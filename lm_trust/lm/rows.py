@@ -39,7 +39,10 @@ SHOWN = 3  # bad rows that a report names
 class RowFile:
     """The rows of a file or dataset, to be gone through once.
 
-    source: the file or dataset. unit: what its rows are called, "line" or "row". rows: (number, row or problem).
+    Attributes:
+        source: the file or dataset.
+        unit: what its rows are called, "line" or "row".
+        rows: (number, row or problem).
     """
 
     source: str
@@ -57,7 +60,9 @@ class RowFile:
 class BadRows:
     """Rows that cannot be used: with "error" the first one ends the run, with "skip" they are left out and counted.
 
-    on_bad_row: the setting. key: its dotted key, for messages.
+    Args:
+        on_bad_row: the setting.
+        key: its dotted key, for messages.
     """
 
     def __init__(self, on_bad_row: Literal["error", "skip"] = "error", *, key: str = "prompts.on_bad_row") -> None:
@@ -65,7 +70,11 @@ class BadRows:
         self.problems: list[str] = []
 
     def add(self, where: str, problem: str) -> None:
-        """Note a row. Raises UserError with "error"."""
+        """Note a row.
+
+        Raises:
+            UserError: with "error".
+        """
         if self.on_bad_row == "error":
             raise UserError(f"{where}: {problem}")
         self.problems.append(f"{where}: {problem}")
@@ -89,7 +98,8 @@ class BadRows:
 def good_rows(file: RowFile, problem: Callable[[Row], str | None], bad: BadRows) -> Iterator[tuple[int, Row]]:
     """The rows that can be read and in which `problem` finds none, with their numbers; the others go to `bad`.
 
-    Raises UserError for the first bad row where bad rows are errors, and where no row is left.
+    Raises:
+        UserError: the first bad row where bad rows are errors, or no row is left.
     """
     before, any_good = len(bad.problems), False
     for number, row in file:
@@ -172,10 +182,14 @@ def read_rows(
 ) -> RowFile:
     """Open rows for reading.
 
-    path: a .jsonl (.json, .ndjson), .csv or .parquet file, a folder (`save_to_disk`'s, or one that `load_dataset`
-    takes), or a hub id. CSV values stay the strings that they are. split: of a dataset with several; without it the
-    only one, or usual_split. key, split_key: the dotted keys of path and split, for messages.
-    Raises UserError, naming key or file, for what cannot be read; from the iteration too.
+    Args:
+        path: a .jsonl (.json, .ndjson), .csv or .parquet file, a folder (`save_to_disk`'s, or one that `load_dataset`
+            takes), or a hub id. CSV values stay the strings that they are.
+        split: of a dataset with several; without it the only one, or usual_split.
+        key, split_key: the dotted keys of path and split, for messages.
+
+    Raises:
+        UserError: it cannot be read, which the iteration may also find; names key or file.
     """
     source = str(path)
     local = Path(os.path.expanduser(source))

@@ -15,8 +15,11 @@ from lm_trust.training.config_rewards import Reward
 def build_rewards(sections: Sequence[Reward], *, device: torch.device | str) -> WeightedRewards:
     """The rewards that a configuration lists; their models are not loaded until `WeightedRewards.load`.
 
-    device: for those that have a model.
-    Raises UserError for a function that cannot be found.
+    Args:
+        device: for those that have a model.
+
+    Raises:
+        UserError: a function cannot be found.
     """
     return WeightedRewards([_part(section, f"rewards[{index}]", device) for index, section in enumerate(sections)])
 
