@@ -24,10 +24,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
 from lm_trust.lm.cache import cached_folder
 from lm_trust.lm.embeddings import embed, fingerprint, load_embedder
+from lm_trust.lm.heldout import split_rows
 from lm_trust.lm.movie_ratings import movie_ratings
 from lm_trust.lm.rows import BadRows, Row, good_rows, read_rows, text_problem
 from lm_trust.lm.text_models import TextModel
@@ -148,10 +148,8 @@ def load_ratings(path: str | Path, *, key: str) -> tuple[list[str], Tensor]:
 
 def held_out_rows(texts: list[str]) -> Tensor:
     """(N,) bool, True at a tenth of the distinct texts, always the same; rows of the same text go together."""
-    distinct = list(dict.fromkeys(texts))
-    order = torch.randperm(len(distinct), generator=make_generator(0, "lm.human_rating")).tolist()
-    chosen = {distinct[index] for index in order[: round(HELD_OUT * len(distinct))]}
-    return torch.tensor([text in chosen for text in texts])
+    _, heldout = split_rows(texts, HELD_OUT, seed=0, stream="lm.human_rating")
+    return torch.zeros(len(texts), dtype=torch.bool).index_fill_(0, torch.tensor(heldout, dtype=torch.long), True)
 
 
 def correlation(scores: Tensor, ratings: Tensor) -> float:

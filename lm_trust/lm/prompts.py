@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError
+from lm_trust.lm.heldout import split_rows
 from lm_trust.lm.rows import (
     BadRows,
     Row,
@@ -185,19 +186,14 @@ def split_heldout(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts
         UserError: a side would be empty.
     """
     whole = [prompts.whole(index) for index in range(len(prompts))]
-    distinct = list(dict.fromkeys(whole))
-    count = round(fraction * len(distinct)) if 0 < fraction < 1 else 0
-    if not 0 < count < len(distinct):
+    share = fraction if 0 < fraction < 1 else 0
+    training, heldout = split_rows(whole, share, seed=seed, stream="lm.heldout")
+    if not training or not heldout:
         raise UserError(
-            f"{prompts.source}: holding out {fraction} of {len(distinct)} distinct prompts leaves a side "
+            f"{prompts.source}: holding out {fraction} of {len(set(whole))} distinct prompts leaves a side "
             "empty; give more prompts, or a fraction that leaves at least one on each side"
         )
-    order = torch.randperm(len(distinct), generator=make_generator(seed, "lm.heldout")).tolist()
-    held_out = {distinct[index] for index in order[:count]}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, text in enumerate(whole):
-        sides[text in held_out].append(index)
-    return prompts.select(sides[0]), prompts.select(sides[1])
+    return prompts.select(training), prompts.select(heldout)
 
 
 class PromptSampler:

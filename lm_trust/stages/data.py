@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from lm_trust.core.seeding import make_generator
 from lm_trust.errors import UserError, in_line
+from lm_trust.lm.heldout import split_rows
 from lm_trust.lm.rows import (
     BadRows,
     Row,
@@ -147,19 +146,13 @@ def _load(
 
 
 def _split(examples: Examples, identities: list[str], fraction: float, seed: int) -> tuple[Examples, Examples]:
-    distinct = list(dict.fromkeys(identities))
-    count = round(fraction * len(distinct))
-    if not 0 < count < len(distinct):
+    training, heldout = split_rows(identities, fraction, seed=seed, stream="stages.heldout")
+    if not training or not heldout:
         raise UserError(
-            f"{examples.source}: data.heldout_fraction {fraction} of {len(distinct)} different rows leaves a side "
-            "empty; give more rows, or a fraction that leaves at least one on each side"
+            f"{examples.source}: data.heldout_fraction {fraction} of {len(set(identities))} different rows leaves a "
+            "side empty; give more rows, or a fraction that leaves at least one on each side"
         )
-    order = torch.randperm(len(distinct), generator=make_generator(seed, "stages.heldout")).tolist()
-    held_out = {distinct[index] for index in order[:count]}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, identity in enumerate(identities):
-        sides[identity in held_out].append(index)
-    return examples.select(sides[0]), examples.select(sides[1])
+    return examples.select(training), examples.select(heldout)
 
 
 def _format_of(row: Row) -> tuple[str, ...]:

@@ -1,0 +1,26 @@
+"""Holding out a share of the rows, with no row on one side that is also on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lm_trust.core.seeding import make_generator
+
+
+def split_rows(identities: Sequence[str], fraction: float, *, seed: int, stream: str) -> tuple[list[int], list[int]]:
+    """Indices of (the other, the held-out) rows, each side in the rows' own order; one may be empty.
+
+    Args:
+        identities: of N rows; those of the same stay on one side.
+        fraction: of the distinct ones that are held out, in [0, 1].
+        seed, stream: decide which, and nothing else does.
+    """
+    distinct = list(dict.fromkeys(identities))
+    order = torch.randperm(len(distinct), generator=make_generator(seed, stream)).tolist()
+    chosen = {distinct[index] for index in order[: round(fraction * len(distinct))]}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, identity in enumerate(identities):
+        sides[identity in chosen].append(index)
+    return sides
