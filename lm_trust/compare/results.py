@@ -127,7 +127,7 @@ def read_cell(cell: Cell) -> CellResult:
 
 def _summary(cell: Cell, rows: Sequence[Record], after: Record | None, bound: float | None) -> Record:
     error = failure(cell)
-    status = "finished" if is_finished(cell.folder) else "failed" if error else "missing"
+    status = "finished" if is_finished(cell.folder) else "failed" if error is not None else "missing"
     last = rows[-1] if rows else {}
     after = after or {}
     kept = [row["step_kl"] for row in rows]

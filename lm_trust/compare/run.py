@@ -61,7 +61,7 @@ def replot(output: Path) -> int:
     """Make the page again from report.json and results.parquet.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or the page cannot be written.
     """
     _write_page(output, *read_report(output))
     Console().print(f"Page: {output / PAGE}", highlight=False, markup=False, soft_wrap=True)
@@ -71,7 +71,8 @@ def replot(output: Path) -> int:
 def _write_page(output: Path, report: dict[str, Any], rows: Any) -> None:
     from lm_trust.compare.page import write_page
 
-    write_page(report, rows, output / PAGE)
+    with RunFolder(output).writing(PAGE):
+        write_page(report, rows, output / PAGE)
 
 
 def _stage(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +70,8 @@ def check_free(cells: Sequence[Cell]) -> None:
 def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -> int:
     """Train what is not finished, `jobs` at a time; a run that was stopped goes on from its last checkpoint.
 
-    A cell that fails is noted in its folder and does not stop the others; it is tried again the next time. Ctrl-C and
-    SIGTERM end the runs by SIGTERM, on which they write a checkpoint.
+    A cell that fails is noted in its folder and does not stop the others; it is tried again the next time. Ctrl-C,
+    SIGTERM and an error here end the runs by SIGTERM, on which they write a checkpoint.
 
     Args:
         cells: in the order in which they are begun.
@@ -79,6 +80,9 @@ def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -
 
     Returns:
         The exit status: 0, or 130 / 143 after a signal.
+
+    Raises:
+        UserError: what a run begins with cannot be written.
     """
     waiting = [cell for cell in cells if not is_finished(cell.folder)]
     done = len(cells) - len(waiting)
@@ -86,21 +90,22 @@ def train_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[str], None]) -
         tell(f"{done} of {len(cells)} runs were finished before.")
     running: list[_Attempt] = []
     with Interruption() as interruption:
-        while waiting or running:
-            while waiting and len(running) < jobs and interruption.signal is None:
-                running.append(_start(waiting.pop(0), jobs))
-            time.sleep(_POLL)
-            if interruption.signal is not None:
-                waiting.clear()
-                for attempt in running:
-                    attempt.process.terminate()
-                for attempt in running:
-                    attempt.process.join()
-                return interruption.exit_status
-            for attempt in [attempt for attempt in running if attempt.process.exitcode is not None]:
-                running.remove(attempt)
-                done += 1
-                tell(f"{done} of {len(cells)}: {_ended(attempt)}")
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs and interruption.signal is None:
+                    running.append(_start(waiting.pop(0), jobs))
+                time.sleep(_POLL)
+                if interruption.signal is not None:
+                    return interruption.exit_status
+                for attempt in [attempt for attempt in running if attempt.process.exitcode is not None]:
+                    running.remove(attempt)
+                    done += 1
+                    tell(f"{done} of {len(cells)}: {_ended(attempt)}")
+        finally:  # where it ends early
+            for attempt in running:
+                attempt.process.terminate()
+            for attempt in running:
+                attempt.process.join()
     return 0
 
 
@@ -130,12 +135,12 @@ class _Attempt(NamedTuple):
 
 
 def _start(cell: Cell, jobs: int) -> _Attempt:
-    options = begin_or_go_on(cell.folder)
-    _failure_file(cell).unlink(missing_ok=True)
-    config = cell.folder.with_suffix(".yaml")
-    config.write_text(dump(cell.config), encoding="utf-8")
-    log = _log(cell)
-    log.touch()
+    config, log = cell.folder.with_suffix(".yaml"), _log(cell)
+    with RunFolder(cell.folder.parent).writing(config.name):
+        options = begin_or_go_on(cell.folder)
+        _failure_file(cell).unlink(missing_ok=True)
+        config.write_text(dump(cell.config), encoding="utf-8")
+        log.touch()
     log_start = log.stat().st_size
     threads = max(1, (os.cpu_count() or 1) // jobs)
     process = forked.start(["train", str(config), *options], log, threads=threads)
@@ -150,7 +155,8 @@ def _ended(attempt: _Attempt) -> str:
         kl = f" at {after['reference_kl']:.2f} nats" if "reference_kl" in after else ""
         return f"{cell.name}: {after['reward_mean']:.4g}{kl}, {minutes}"
     reason = _last_words(attempt)
-    _failure_file(cell).write_text(reason, encoding="utf-8")
+    with suppress(OSError):  # a disk that is full is often what ended the run
+        _failure_file(cell).write_text(reason, encoding="utf-8")
     return f"{cell.name}: FAILED after {minutes}: {reason} (see {_log(cell)})"
 
 

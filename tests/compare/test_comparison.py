@@ -1,6 +1,7 @@
 """A whole comparison from its file: what is refused, what runs and does not run again, what the report says."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -307,6 +308,41 @@ def test_the_page_alone_needs_a_report(files, capsys):
     (files / "out/report.json").write_text("[]")
     assert compare(files, "--plot-only") == 2
     assert "report.json: not a file that a run wrote" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_page_that_cannot_be_written_is_one_line(files, monkeypatch, capsys):
+    monkeypatch.setattr("lm_trust.compare.run.train_cells", lambda *_: 0)
+    (files / "out/report.html").mkdir(parents=True)
+    for options in (["--one_update", "null"], ["--plot-only"]):
+        assert compare(files, *options) == 2
+        assert "out/report.html could not be written" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_that_cannot_be_begun_ends_the_comparison_and_its_runs(files, capsys):
+    first, second = load(files).cells[:2]
+    second.folder.with_suffix(".yaml").mkdir(parents=True)
+    assert compare(files, "--shared.total_steps", "4000000", "--one_update", "null") == 2
+    assert "trpo/0.03/seed0.yaml could not be written" in " ".join(capsys.readouterr().err.split())
+    assert first.folder.with_suffix(".log").is_file()
+    assert not multiprocessing.active_children()
+
+
+def test_a_failure_that_cannot_be_noted_is_told(files, monkeypatch):
+    """As on a full disk, which is what ended the run."""
+    monkeypatch.syspath_prepend(files)
+    cell = load(files).cells[0]
+    note = cell.folder.with_suffix(".failed")
+    (files / "full_disk_simulator.py").write_text(
+        f"import os\n\ndef build():\n    os.mkdir({str(note)!r})\n    raise MemoryError('no room for it')\n"
+    )
+    environment = cell.config.environment.model_copy(update={"id": "full_disk_simulator:build"})
+    lines = []
+    broken = replace(cell, config=cell.config.model_copy(update={"environment": environment}))
+    assert train_cells([broken], 1, lines.append) == 0
+    assert len(lines) == 1 and "MemoryError: no room for it" in lines[0]
+    note.rmdir()
+    note.touch()  # there was room for its name, and for no text
+    assert read_cell(cell).summary["status"] == "failed"
 
 
 def test_a_cell_reads_as_its_run_tells(files):
