@@ -91,11 +91,11 @@ def read_report(output: Path) -> tuple[dict[str, Any], pyarrow.Table]:
     Raises:
         UserError: it is not there, or not whole.
     """
+    for name in (REPORT, RESULTS):
+        if not (output / name).is_file():
+            raise UserError(f"{output}: there is no {name} yet; run lm-trust compare without --plot-only")
     try:
         return read_json(output / REPORT), parquet.read_table(output / RESULTS)
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        raise UserError(f"{output}: there is no {name} yet; run lm-trust compare without --plot-only") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{output}: {REPORT} or {RESULTS} cannot be read ({error}); make them again") from error
 

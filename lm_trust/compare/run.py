@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from lm_trust.compare.config import Comparison
-from lm_trust.compare.report import PAGE, make_report, read_report, write_report
+from lm_trust.compare.report import PAGE, REPORT, RESULTS, make_report, read_report, write_report
 from lm_trust.compare.running import check_free, check_unchanged, train_cells
-from lm_trust.errors import error_text
+from lm_trust.errors import UserError, error_text
 from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
@@ -61,9 +61,17 @@ def replot(output: Path) -> int:
     """Make the page again from report.json and results.parquet.
 
     Raises:
-        UserError: they are not there, or the page cannot be written.
+        UserError: they are not there or lack something, or the page cannot be written.
     """
-    _write_page(output, *read_report(output))
+    from jinja2 import UndefinedError
+
+    try:
+        _write_page(output, *read_report(output))
+    except (KeyError, UndefinedError) as error:  # as where they were edited by hand
+        raise UserError(
+            f"{output}: {REPORT} or {RESULTS} lacks something that the page shows ({error_text(error)}); "
+            "run lm-trust compare without --plot-only, which makes them again"
+        ) from error
     Console().print(f"Page: {output / PAGE}", highlight=False, markup=False, soft_wrap=True)
     return 0
 

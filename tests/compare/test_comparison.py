@@ -307,7 +307,23 @@ def test_the_page_alone_needs_a_report(files, capsys):
     (files / "out").mkdir()
     (files / "out/report.json").write_text("[]")
     assert compare(files, "--plot-only") == 2
+    assert "there is no results.parquet yet" in capsys.readouterr().err
+    shutil.copy(files / "base.yaml", files / "out/results.parquet")
+    assert compare(files, "--plot-only") == 2
     assert "report.json: not a file that a run wrote" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_report_that_lacks_a_key_is_one_line(files, monkeypatch, capsys):
+    monkeypatch.setattr("lm_trust.compare.run.train_cells", lambda *_: 0)
+    assert compare(files, "--one_update", "null") == 0
+    report = json.loads((files / "out/report.json").read_text())
+    cell = {key: value for key, value in report["cells"][0].items() if key != "seed"}
+    undated = {key: value for key, value in report.items() if key != "created"}
+    for edited, word in ((report | {"cells": [cell]}, "KeyError: 'seed'"), (undated, "no attribute 'created'")):
+        (files / "out/report.json").write_text(json.dumps(edited))
+        assert compare(files, "--plot-only") == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "lacks something that the page shows" in told and word in told
 
 
 def test_a_page_that_cannot_be_written_is_one_line(files, monkeypatch, capsys):
