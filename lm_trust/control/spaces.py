@@ -53,15 +53,15 @@ class ActionSpace:
         return (actions + self.start).astype(self.start.dtype, copy=False)
 
 
-def action_space(space: spaces.Space, name: str) -> ActionSpace:
+def action_space(space: spaces.Space | None, name: str) -> ActionSpace:
     """The supported action spaces: `Discrete`, and one-dimensional `MultiDiscrete`, `MultiBinary` and `Box` of floats.
 
     Raises:
-        UserError: any other space; the message names the environment and the space.
+        UserError: any other space, or none; the message names the environment and the space.
     """
     if isinstance(space, spaces.Discrete):
         return ActionSpace("discrete", int(space.n), start=space.dtype.type(space.start))
-    one_dimensional = space.shape is not None and len(space.shape) == 1
+    one_dimensional = isinstance(space, spaces.Space) and space.shape is not None and len(space.shape) == 1
     if isinstance(space, spaces.MultiDiscrete) and one_dimensional:
         return _multi_discrete(space.nvec.tolist(), space.start)
     if isinstance(space, spaces.MultiBinary) and one_dimensional:
@@ -78,7 +78,7 @@ def _multi_discrete(sizes: list[int], start: np.ndarray) -> ActionSpace:
     return ActionSpace("multi_discrete", sum(sizes), start=start, sizes=tuple(sizes))
 
 
-def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[Any], np.ndarray] | None]:
+def observation_encoder(space: spaces.Space | None, name: str) -> tuple[int, Callable[[Any], np.ndarray] | None]:
     """How an observation becomes a vector: a `Box` is flattened, a `Discrete` one becomes one-hot.
 
     Returns:
@@ -86,7 +86,7 @@ def observation_encoder(space: spaces.Space, name: str) -> tuple[int, Callable[[
         raises a UserError for a number that is not in a `Discrete` space.
 
     Raises:
-        UserError: any other space; the message names the environment and the space.
+        UserError: any other space, or none; the message names the environment and the space.
     """
     if isinstance(space, spaces.Box):
         if len(space.shape) == 1:

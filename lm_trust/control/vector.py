@@ -10,6 +10,7 @@ on HalfCheetah.)
 from __future__ import annotations
 
 import math
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from lm_trust.control.spaces import action_space, described, observation_encoder
 from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError, in_line
+
+_RESET = "reset(*, seed, options) must return (observation, info)"
+_STEP = "step(action) must return (observation, reward, terminated, truncated, info)"
 
 
 class Transition(NamedTuple):
@@ -59,7 +63,7 @@ class Environments:
         keeps_episodes: a loaded state goes on in the middle of its episodes.
 
     Raises:
-        UserError: a space that is not supported, or copies that are one object.
+        UserError: a space that is not supported, copies that are one object, or another interface than gymnasium's.
     """
 
     keeps_episodes = True
@@ -76,8 +80,8 @@ class Environments:
         self.name = name
         self.count = len(envs)
         self._placed = placed or RowRange(0, self.count, self.count)
-        self.action_space = action_space(envs[0].action_space, name)
-        self.observation_size, self._encode = observation_encoder(envs[0].observation_space, name)
+        self.action_space = action_space(getattr(envs[0], "action_space", None), name)
+        self.observation_size, self._encode = observation_encoder(getattr(envs[0], "observation_space", None), name)
         self._seed = seed
         self.envs = list(envs)
         self._step_functions = [env.step for env in self.envs]
@@ -102,8 +106,9 @@ class Environments:
             rows: step these environments only; the others' entries in the result are zero, and not valid.
 
         Raises:
-            UserError: an observation has another shape than its space says; a reward is no number; or one of them is
-                not finite, which names the environment, the copy and the step.
+            UserError: the environment returned something else than gymnasium asks for; an observation has another
+                shape than its space says; a reward is no number; or one of them is not finite, which names the
+                environment, the copy and the step.
         """
         if self._cursor == len(self._log):
             self._make_room()
@@ -118,7 +123,11 @@ class Environments:
         valid = np.zeros(self.count, bool)
         valid[slice(None) if rows is None else list(rows)] = True
         for row in range(self.count) if rows is None else rows:
-            observation, reward, terminated[row], truncated[row], _ = self._step_functions[row](given[row])
+            try:
+                observation, reward, terminated[row], truncated[row], _ = self._step_functions[row](given[row])
+            except (TypeError, ValueError) as error:
+                self._refuse_interface(error, _STEP)
+                raise
             try:
                 rewards[row] = reward
             except (TypeError, ValueError):
@@ -206,7 +215,14 @@ class Environments:
         self._episodes[row], self._started[row] = episode, self._cursor
         # 31 bits, because some environments hand their seed to a 32-bit generator.
         seed = stream_seed(self._seed, f"control.episode/{self._placed.first + row}/{episode}") >> 32
-        observation, _ = self.envs[row].reset(seed=seed)
+        try:
+            given = self.envs[row].reset(seed=seed)
+            if not isinstance(given, tuple | list):  # an observation alone, which may well hold two numbers
+                raise TypeError(f"it returned {type(given).__name__}")
+            observation, _ = given
+        except (TypeError, ValueError) as error:
+            self._refuse_interface(error, _RESET)
+            raise
         encoded = np.asarray(observation if self._encode is None else self._encode(observation), np.float32)
         if encoded.shape != (self.observation_size,):
             raise self._misshapen(row, observation)
@@ -216,6 +232,15 @@ class Environments:
                 f"observation of episode {episode} (reset seed {seed})"
             )
         return encoded
+
+    def _refuse_interface(self, error: Exception, asked: str) -> None:
+        """Raise a UserError where it is a call or what it returned that failed; not where it is the environment's code.
+
+        A wrapper around the environment, gymnasium's or ours, takes apart what is returned as well.
+        """
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if all(module.startswith((__package__, "gymnasium.core", "gymnasium.wrappers")) for module in modules):
+            raise UserError(f"environment {self.name}: {asked}, as gymnasium asks: {in_line(error)}") from error
 
     def _misshapen(self, row: int, observation: Any) -> UserError:
         return UserError(

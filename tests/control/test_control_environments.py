@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import TimeLimit
 
 from lm_trust.control import ControlTask, Environments, MLPPolicy, make_environments
 from lm_trust.control.environments import make_environment
+from lm_trust.control.evaluation import Remembering
 from lm_trust.errors import UserError
 
 
@@ -202,6 +204,65 @@ def test_a_reward_that_is_no_number_is_refused():
     env.step = lambda action: (env.shown, np.array([1.0, 2.0]), False, False, {})
     environments = wrap(env)
     refused(lambda: environments.step(np.array([0])), "environment Shaped", "[1. 2.] (ndarray), not a number")
+
+
+@pytest.mark.parametrize("wrapper", [lambda env: env, lambda env: TimeLimit(env, 9), Remembering])
+@pytest.mark.parametrize(
+    "returned, words",
+    [
+        (([0.0, 0.0], 0.0, False, {}), "not enough values to unpack (expected 5, got 4)"),  # gym's before 0.26
+        (None, "cannot unpack non-iterable NoneType object"),
+    ],
+    ids=["four", "nothing"],
+)
+def test_a_step_that_returns_something_else_is_refused_by_name(wrapper, returned, words):
+    env = Shaped(spaces.Box(-1, 1, (2,)))
+    env.step = lambda action: returned
+    environments = wrap(wrapper(env))
+    refused(lambda: environments.step(np.array([0])), "environment Shaped: step(action) must return (obs", words)
+
+
+@pytest.mark.parametrize("wrapper", [lambda env: env, lambda env: TimeLimit(env, 9), Remembering])
+@pytest.mark.parametrize(
+    "reset, words",
+    [
+        (lambda *, seed=None, options=None: np.zeros(2), "it returned ndarray"),  # gym's before 0.26
+        (lambda *, seed=None, options=None: np.zeros((2, 1)), "it returned ndarray"),
+        (lambda *, seed=None, options=None: None, "it returned NoneType"),
+        (lambda: (np.zeros(2), {}), "got an unexpected keyword argument"),
+    ],
+    ids=["observation", "column", "nothing", "no seed"],
+)
+def test_a_reset_of_another_interface_is_refused_by_name(wrapper, reset, words):
+    env = Shaped(spaces.Box(-1, 1, (2,)))
+    env.reset = reset
+    refused(lambda: wrap(wrapper(env)), "environment Shaped: reset(*, seed, options) must return (obs", words)
+
+
+def test_an_error_in_the_environments_own_code_keeps_its_traceback():
+    def broken(*_, **__):
+        raise ValueError("motor")
+
+    env = Shaped(spaces.Box(-1, 1, (2,)))
+    environments = wrap(TimeLimit(env, 9))
+    env.step = env.reset = broken
+    for call in (environments.reset, lambda: environments.step(np.array([0]))):
+        with pytest.raises(ValueError, match="motor"):
+            call()
+
+
+class Spaceless(gymnasium.Env):
+    pass
+
+
+@pytest.mark.parametrize("given", [None, (3,), 2], ids=str)
+def test_what_is_no_space_is_refused_by_name(given):
+    env = Spaceless()
+    refused(lambda: wrap(env), "environment Shaped: the action space None is not supported")
+    env.action_space = given
+    refused(lambda: wrap(env), f"environment Shaped: the action space {given} is not supported")
+    env.action_space = spaces.Discrete(2)
+    refused(lambda: wrap(env), "environment Shaped: the observation space None is not supported")
 
 
 @pytest.mark.parametrize("what, argument", [("observation", "nan_at"), ("reward", "nan_reward_at")])
