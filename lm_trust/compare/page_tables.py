@@ -31,6 +31,8 @@ def estimate(value: Any, low: Any, high: Any) -> str:
 
 def matched(report: Record) -> list[dict[str, Any]]:
     """The rules at each KL, as {"kl", "rows"}; the last row of a KL is what it can buy at most, where that is known."""
+    # In control a seed's curve begins at its run of the least KL, so that one may lie beyond this KL.
+    missed = "outside the runs of" if report.get("world") == "control" else "not reached by"
     groups = []
     for kl in sorted({row["kl"] for row in report.get("matched") or ()}):
         rows = []
@@ -40,7 +42,7 @@ def matched(report: Record) -> list[dict[str, Any]]:
                 mean = estimate(row["mean"], row["low"], row["high"])
                 iqm = estimate(row["iqm"], row["iqm_low"], row["iqm_high"])
                 if row["mean"] is None:
-                    mean, iqm = f"not reached by {seeds - reached} of {seeds} seeds", MISSING
+                    mean, iqm = f"{missed} {seeds - reached} of {seeds} seeds", MISSING
                 rows.append([row["rule"], mean, iqm, knob_text(row["value"]) or MISSING, str(seeds)])
         groups.append({"kl": nats_text(kl), "rows": rows, "limit": _most(report, kl)})
     return groups

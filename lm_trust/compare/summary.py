@@ -63,11 +63,15 @@ def _at_kl(report: Record, curves: Sequence[Curve], kl: float, of: str) -> list[
     ranked = {row["rule"] for row in rows}
     unranked = [rule["name"] for rule in report["rules"] if rule["name"] not in ranked]
     place = f"At {nats_text(kl)} of {of}"
+    if report["world"] == "language":
+        reached, missed = "reached it", "did not reach it"
+    else:  # a seed's curve begins at its run of the least KL, so that one may lie beyond this KL
+        reached, missed = "has runs on both sides of it", "has no runs on both sides of it"
     if not rows:
-        return [f"{place} there is nothing to compare: no rule reached it with all seeds."]
+        return [f"{place} there is nothing to compare: no rule {reached} with all seeds."]
     return [
         *_ranking(place, rows, unranked, partial(paired_difference, curves, kl)),
-        *_unranked(unranked, "did not reach it"),
+        *_unranked(unranked, missed),
         *_share_of_limit(report, rows[0]),
     ]
 

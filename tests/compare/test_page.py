@@ -298,6 +298,8 @@ def test_matched_table(language):
     assert one["rows"][2] == ["ppo_trust", "0.341 [0.311, 0.371]", "0.341 [0.311, 0.371]", "0.015", "3"]
     assert four["rows"][0][:3] == ["trpo", "not reached by 2 of 3 seeds", "–"]  # noqa: RUF001
     assert one["limit"] is not None and four["limit"] is None  # 128 samples cannot show what 4 nats buy
+    four = page_tables.matched(language[0] | {"world": "control"})[2]  # there a rule may be beyond a KL
+    assert four["rows"][0][1] == "outside the runs of 2 of 3 seeds"
 
 
 def test_limit_between_its_points():

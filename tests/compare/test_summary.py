@@ -124,6 +124,17 @@ def test_the_rules_that_did_not_reach_a_kl_with_all_seeds_are_named():
     assert "Not ranked, because a seed did not reach it: lost." in " ".join(summarise(report, curves))
 
 
+def test_a_control_rule_that_is_beyond_a_kl_is_not_said_to_miss_it():
+    """There a curve does not begin at the start."""
+    curves = [curve("trpo", seed, 0.5) for seed in range(3)]
+    far = [Curve("far", None, seed, np.array([5.0, 6.0]), np.array([0.1, 0.9])) for seed in range(3)]
+    text = " ".join(summarise(report_of(curves + far, world="control"), curves + far))
+    assert "Not ranked, because a seed has no runs on both sides of it: far." in text
+    text = " ".join(summarise(report_of(far, world="control"), far))
+    assert "there is nothing to compare: no rule has runs on both sides of it with all seeds." in text
+    assert "reach" not in text
+
+
 def test_the_difference_is_that_of_a_paired_t_test():
     one, other = [0.5, 0.9, 0.4], [0.45, 0.7, 0.41]
     curves = [curve("one", seed, reward) for seed, reward in enumerate(one)]
