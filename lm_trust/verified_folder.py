@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -101,6 +101,8 @@ def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
     temporary.mkdir()
     try:
         build(temporary)
+        for file in temporary.rglob("*.safetensors"):
+            follow_umask(file)
         if os.path.lexists(folder):
             # A folder with something in it cannot be replaced by a rename, so the old one steps aside first.
             folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"))
@@ -120,6 +122,14 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the permissions that `open` gives a new one: safetensors lets none but the owner read its own."""
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    with suppress(OSError):  # not every disk knows them
+        file.chmod(0o666 & ~umask)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lm_trust.errors import UserError, first_line
-from lm_trust.verified_folder import replacing
+from lm_trust.verified_folder import follow_umask, replacing
 
 
 def save_policy(policy: nn.Module, path: Path) -> None:
     """Write the policy's state, whole or not at all."""
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, temporary)
+        follow_umask(temporary)
 
 
 def load_policy(policy: nn.Module, path: Path) -> None:

@@ -494,6 +494,16 @@ def test_a_saved_model_goes_back_into_a_policy_and_leaves_the_reference(whole, m
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_saved_model_and_adapter_may_be_read_like_any_other_file(whole, model_folder, tokenizer, tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    for policy in (whole[0], load_policy(str(model_folder), r=2)):
+        save_trained(policy, tokenizer, tmp_path)
+    weights = list(tmp_path.rglob("*.safetensors"))
+    assert {path.parent.name for path in weights} == {"model", "adapter"}
+    assert {path.stat().st_mode for path in weights} == {plain.stat().st_mode}
+
+
 def test_a_model_that_does_not_fit_the_policy_is_refused(whole, model_folders, architecture, tokenizer, tmp_path):
     policy, _ = whole
     other = {"gpt2": "llama", "llama": "gpt2"}[architecture]

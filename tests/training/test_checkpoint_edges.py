@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lm_trust
+from lm_trust.control.saving import save_policy
 from lm_trust.errors import UserError
 from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -131,6 +132,22 @@ def test_a_disk_without_room_is_told_and_leaves_nothing_half(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
     assert load_checkpoint(tmp_path)["iteration"] == 1
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_what_is_saved_is_for_the_umask_to_say(tmp_path, umask, mode):
+    policy = torch.nn.Linear(2, 1)
+    before = os.umask(umask)
+    try:
+        checkpoint = save_checkpoint(tmp_path, policy.state_dict(), iteration=1, keep_last=1)
+        save_policy(policy, tmp_path / "policy.safetensors")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    files = [*checkpoint.iterdir(), tmp_path / "policy.safetensors"]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        name: mode for name in ("state.json", "tensors.safetensors", "manifest.json", "policy.safetensors")
+    }
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
