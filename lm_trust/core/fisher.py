@@ -45,7 +45,8 @@ class FisherOperator:
 
     Args:
         policy: a module with `distribution(observations)`.
-        observations: what the policy takes; B rows.
+        observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted and, without a
+            mask, counted by `len`.
         mask: (B, T) or (N,), True at the steps that count; None counts all.
         damping: multiple of the identity that is added.
         method: see the module's text. "auto" is `gauss_newton`, or `finite_difference` where the policy's graph cannot
@@ -81,7 +82,8 @@ class FisherOperator:
         self._mask = mask
         # Of all processes: rows where every step counts, steps otherwise.
         self._count = placed_rows(len(observations)).total if mask is None else summed(mask.sum()).clamp_min(1)
-        self._chunks = passes(policy, len(observations), microbatch_size)
+        # Of a dict or a tuple len counts something else; the mask has the rows.
+        self._chunks = passes(policy, len(observations if mask is None else mask), microbatch_size)
         self._kept: dict[str, Product] = {}
         if linearisation is not None:
             self._kept["gauss_newton"] = _gauss_newton_of(linearisation, self._parameters, self._weights(slice(None)))

@@ -368,6 +368,35 @@ def test_observations_may_be_any_object_with_rows(method, rows):
     close(matrix_of(operator, size_of(policy)), dense_fisher(policy.net, observations, mask), method)
 
 
+class Selecting(nn.Module):
+    """Reads its tensor out of the observations as `select` says."""
+
+    def __init__(self, select):
+        super().__init__()
+        self.net, self.select = discrete(), select
+
+    def distribution(self, observations):
+        return self.net.distribution(self.select(observations))
+
+
+OBSERVATIONS = {
+    "one key": (lambda x: {"x": x}, lambda given: given["x"]),
+    "two keys": (lambda x: {"x": x, "y": x}, lambda given: given["x"]),
+    "tuple": (lambda x: (x, x), lambda given: given[0]),
+    "no length": (iter, lambda given: observed(B, T)),
+    "none": (lambda x: None, lambda given: observed(B, T)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", OBSERVATIONS)
+def test_rows_are_those_of_the_mask_whatever_the_observations_are(kind, method):
+    make, select = OBSERVATIONS[kind]
+    policy, observations, mask = Selecting(select), observed(B, T), uneven_mask()
+    operator = FisherOperator(policy, make(observations), mask=mask, damping=0.0, method=method)
+    close(matrix_of(operator, size_of(policy)), dense_fisher(policy.net, observations, mask), method)
+
+
 class Forbidding(nn.Module):
     """Some actions are impossible in every state."""
 
