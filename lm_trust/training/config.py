@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lm_trust.training.config_checks import ConfigError, control_problems, language_problems
 from lm_trust.training.config_language import (
@@ -40,6 +40,7 @@ from lm_trust.training.config_learning import (
     Seed,
     Update,
     default_kind,
+    with_default_minibatches,
 )
 from lm_trust.training.config_rewards import Rewards, RewardScaling
 
@@ -89,9 +90,9 @@ class LanguageConfig(Section):
     advantage: Annotated[Gae | ReturnsToGo | LeaveOneOut | GroupRelative, Field(discriminator="kind")] = Field(
         default_factory=Gae
     )
-    # after `advantage`, which its default looks at
+    # after `advantage`, which its default looks at, and, as `update`, after the rows that its minibatches are of
     critic: Annotated[ReferenceHead | AdapterHead | ModelHead | NoCritic, Field(discriminator="kind")] = Field(
-        default_factory=_default_critic
+        default_factory=_default_critic, validate_default=True
     )
     update: Update = UPDATE
     evaluation: Evaluation = Field(default_factory=Evaluation)
@@ -99,6 +100,12 @@ class LanguageConfig(Section):
     stop: Stop = Field(default_factory=Stop)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     trackers: Trackers
+
+    @field_validator("critic", "update")
+    @classmethod
+    def _minibatches(cls, section: Any, info: ValidationInfo) -> Any:
+        rollout = info.data.get("rollout")  # missing where it is wrong itself
+        return section if rollout is None else with_default_minibatches(section, rollout.batch_size)
 
     @model_validator(mode="after")
     def _together(self, info: ValidationInfo) -> LanguageConfig:
@@ -144,7 +151,8 @@ class ControlConfig(Section):
     rollout: ControlRollout = Field(default_factory=ControlRollout)
     normalise: Normalise = Field(default_factory=Normalise)
     advantage: Annotated[Gae | ReturnsToGo, Field(discriminator="kind")] = Field(default_factory=Gae)
-    critic: Annotated[Mlp | NoCritic, Field(discriminator="kind")] = Field(default_factory=Mlp)
+    # it and `update` after the rows that their minibatches are of
+    critic: Annotated[Mlp | NoCritic, Field(discriminator="kind")] = Field(default_factory=Mlp, validate_default=True)
     update: Update = UPDATE
     evaluation: ControlEvaluation = Field(default_factory=ControlEvaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
@@ -157,6 +165,14 @@ class ControlConfig(Section):
         With envpool a reset stands in the place of a step, so that the run takes up to one step an episode less.
         """
         return -(-self.total_steps // (self.environment.count * self.rollout.steps))
+
+    @field_validator("critic", "update")
+    @classmethod
+    def _minibatches(cls, section: Any, info: ValidationInfo) -> Any:
+        environment, rollout = info.data.get("environment"), info.data.get("rollout")
+        if environment is None or rollout is None:  # wrong themselves
+            return section
+        return with_default_minibatches(section, environment.count * rollout.steps)
 
     @model_validator(mode="after")
     def _together(self, info: ValidationInfo) -> ControlConfig:

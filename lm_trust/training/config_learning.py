@@ -44,6 +44,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+MINIBATCHES = Field(4, description="parts that a pass is cut into; fewer by default where 4 do not divide the rows")
+
+
+def with_default_minibatches(section: Any, rows: int) -> Any:
+    """A critic's or a rule's section whose number of minibatches, where it was not given, divides so many rows."""
+    default = getattr(section, "minibatches", None)
+    if default is None or "minibatches" in section.model_fields_set:
+        return section
+    return section.model_copy(update={"minibatches": max(n for n in range(1, default + 1) if rows % n == 0)})
+
+
 # ---- advantage estimators
 
 
@@ -98,7 +109,7 @@ class Mlp(Section):
     hidden: list[Positive] = Field([64, 64], description="widths of the hidden layers")
     learning_rate: Rate = Field(1e-3, description="Adam's step size")
     epochs: Positive = Field(10, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    minibatches: Positive = MINIBATCHES
     clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     own_process: bool = Field(False, description="fit it on another core while the policy is updated")
@@ -111,7 +122,7 @@ class ReferenceHead(Section):
     hidden: list[Positive] = Field([256], description="widths of the head's hidden layers")
     learning_rate: Rate = Field(1e-3, description="AdamW's step size")
     epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    minibatches: Positive = MINIBATCHES
     clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -128,7 +139,7 @@ class AdapterHead(Section):
     )
     learning_rate: Rate = Field(3e-4, description="AdamW's step size")
     epochs: Positive = Field(2, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    minibatches: Positive = MINIBATCHES
     clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -174,7 +185,7 @@ class PpoClip(Section):
     clip: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip ...")
     clip_high: Rate | None = Field(None, description="... and at 1 + clip_high; null: as clip")
     epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    minibatches: Positive = MINIBATCHES
     learning_rate: Rate = Field(3e-4, description="Adam's step size")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
@@ -191,7 +202,7 @@ class AdamUpdate(Section):
 
     kind: str
     epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = Field(4, description="parts that a pass is cut into")
+    minibatches: Positive = MINIBATCHES
     learning_rate: Rate = Field(3e-4, description="Adam's step size")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")

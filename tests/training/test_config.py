@@ -623,7 +623,40 @@ def test_control_settings_must_go_together(folder):
 
 def test_models_built_in_python_are_checked_too():
     with pytest.raises(ValidationError, match=r"critic\.minibatches: must divide"):
-        ControlConfig(total_steps=1, environment={"id": "X", "count": 1}, rollout={"steps": 3})
+        ControlConfig(
+            total_steps=1,
+            environment={"id": "X", "count": 1},
+            rollout={"steps": 3},
+            critic={"kind": "mlp", "minibatches": 4},
+        )
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(64, 4), (10, 2), (7, 1), (6, 3), (5, 1), (3, 3), (2, 2), (1, 1)])
+def test_a_number_of_minibatches_that_nobody_wrote_divides_the_batch(folder, rows, parts):
+    """In the config itself, so that config.yaml says what was used, and says the same when it is read again."""
+    config = lm(rollout__batch_size=str(rows), critic__kind="adapter", critic__epochs="1", update__kind="ppo_clip")
+    assert config.critic.minibatches == config.update.minibatches == parts
+    assert load_config(write("resolved.yaml", dump(config))) == config
+    child = write("child.yaml", f"extends: lm.yaml\nrollout: {{batch_size: {rows}}}\ncritic: {{epochs: 1}}\n")
+    assert load_config(child).critic.minibatches == parts
+    config = control(environment__count=str(rows), rollout__steps="1", update__kind="ppo_trust")
+    assert config.critic.minibatches == config.update.minibatches == parts
+    built = ControlConfig(total_steps=1, environment={"id": "X", "count": rows}, rollout={"steps": 1})
+    assert built.critic.minibatches == parts
+
+
+def test_a_number_of_minibatches_that_a_parent_file_wrote_was_written(folder):
+    write("parent.yaml", LANGUAGE + "critic: {minibatches: 4}\n")
+    (line,) = problems(write("child.yaml", "extends: parent.yaml\nrollout: {batch_size: 6}\n"))
+    assert line.endswith("critic.minibatches: must divide rollout.batch_size (6), got 4")
+
+
+def test_the_runs_of_a_comparison_have_minibatches_that_divide_their_batch(folder):
+    text = "base: lm.yaml\nshared: {rollout: {batch_size: 6}}\nseeds: [0]\n"
+    text += "rules: {trpo: {}, ppo_clip: {update: {kind: ppo_clip}, knob: rollout.batch_size, values: [6, 10]}}\n"
+    cells = load_comparison(write("compare.yaml", text)).cells
+    found = [(cell.config.critic.minibatches, getattr(cell.config.update, "minibatches", None)) for cell in cells]
+    assert found == [(3, None), (3, 3), (2, 2)]
 
 
 # ---- paths
