@@ -14,12 +14,13 @@ def split_rows(identities: Sequence[str], fraction: float, *, seed: int, stream:
 
     Args:
         identities: of N rows; those of the same stay on one side.
-        fraction: of the distinct ones that are held out, in [0, 1].
+        fraction: of the distinct ones that are held out, at least one; nothing is where it is not positive.
         seed, stream: decide which, and nothing else does.
     """
     distinct = list(dict.fromkeys(identities))
     order = torch.randperm(len(distinct), generator=make_generator(seed, stream)).tolist()
-    chosen = {distinct[index] for index in order[: round(fraction * len(distinct))]}
+    count = max(1, round(fraction * len(distinct))) if fraction > 0 else 0
+    chosen = {distinct[index] for index in order[:count]}
     sides: tuple[list[int], list[int]] = ([], [])
     for index, identity in enumerate(identities):
         sides[identity in chosen].append(index)

@@ -180,18 +180,17 @@ def split_heldout(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts
     Rows with the same prompt stay on one side, so that no held-out prompt was ever trained on.
 
     Args:
-        fraction: of the distinct prompts that are held out, in (0, 1).
+        fraction: of the distinct prompts that are held out, in (0, 1); at least one is.
 
     Raises:
         UserError: a side would be empty.
     """
     whole = [prompts.whole(index) for index in range(len(prompts))]
-    share = fraction if 0 < fraction < 1 else 0
-    training, heldout = split_rows(whole, share, seed=seed, stream="lm.heldout")
+    training, heldout = split_rows(whole, fraction, seed=seed, stream="lm.heldout")
     if not training or not heldout:
         raise UserError(
             f"{prompts.source}: holding out {fraction} of {len(set(whole))} distinct prompts leaves a side "
-            "empty; give more prompts, or a fraction that leaves at least one on each side"
+            "empty; give more prompts, a fraction that leaves at least one on each side, or others in prompts.heldout"
         )
     return prompts.select(training), prompts.select(heldout)
 

@@ -138,19 +138,22 @@ def _load(
 
     training, identities = read(section.path, split=section.split, key="data.path", split_key="data.split")
     if section.heldout is None:
-        training, heldout = _split(training, identities, section.heldout_fraction, seed)
+        what = "prompts (or pairs without one)" if isinstance(section, PairData) else "rows"
+        training, heldout = _split(training, identities, section.heldout_fraction, seed, what)
     else:
         heldout, _ = read(section.heldout, key="data.heldout", usual_split="test")
     bad.print_report()
     return training, heldout
 
 
-def _split(examples: Examples, identities: list[str], fraction: float, seed: int) -> tuple[Examples, Examples]:
+def _split(
+    examples: Examples, identities: list[str], fraction: float, seed: int, what: str
+) -> tuple[Examples, Examples]:
     training, heldout = split_rows(identities, fraction, seed=seed, stream="stages.heldout")
     if not training or not heldout:
         raise UserError(
-            f"{examples.source}: data.heldout_fraction {fraction} of {len(set(identities))} different rows leaves a "
-            "side empty; give more rows, or a fraction that leaves at least one on each side"
+            f"{examples.source}: data.heldout_fraction {fraction} of {len(set(identities))} different {what} leaves a "
+            "side empty; give more, a fraction that leaves at least one on each side, or others in data.heldout"
         )
     return examples.select(training), examples.select(heldout)
 

@@ -183,9 +183,9 @@ def test_no_held_out_text_is_trained_on_and_no_row_is_lost(texts, fraction, seed
     try:
         training, held_out = split_heldout(prompts, fraction, seed)
     except UserError:
-        assert round(fraction * len(set(texts))) in (0, len(set(texts)))
+        assert max(1, round(fraction * len(set(texts)))) == len(set(texts))
         return
-    assert len(set(held_out.texts)) == round(fraction * len(set(texts)))
+    assert len(set(held_out.texts)) == max(1, round(fraction * len(set(texts))))
     assert not set(training.texts) & set(held_out.texts)
     rows = training.fields["row"] + held_out.fields["row"]
     assert sorted(rows) == list(range(len(texts)))
@@ -204,10 +204,16 @@ def test_the_split_is_the_seeds_alone():
     assert split_heldout(prompts, 0.2, 4)[1].texts != first
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0, float("nan"), 0.01, 0.99])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0, float("nan"), 0.99])
 def test_a_side_may_not_be_empty(fraction):
-    with pytest.raises(UserError, match=r"made\.jsonl: holding out .* of 10 distinct"):
+    with pytest.raises(UserError, match=r"made\.jsonl: holding out .* of 10 distinct .* or others in prompts\.heldout"):
         split_heldout(made("abcdefghij"), fraction, 0)
+
+
+@pytest.mark.parametrize(("texts", "fraction"), [("ab", 0.1), ("abab", 0.1), ("abcd", 0.1), ("abcdefghij", 0.01)])
+def test_a_small_share_of_a_few_prompts_is_one_of_them(texts, fraction):
+    training, held_out = split_heldout(made(texts), fraction, 0)
+    assert len(set(held_out.texts)) == 1 and set(training.texts) == set(texts) - set(held_out.texts)
 
 
 def test_messages_name_the_rows_of_the_file_after_a_selection():

@@ -129,7 +129,8 @@ def test_pairs_go_on_from_their_prompt(tmp_path):
     assert {"chosen": "a b", "rejected": "a c"} in found
     assert {"chosen": "d", "rejected": "e"} in found
     chats = [{"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{**ASSISTANT, "content": str(n)}]} for n in (1, 2)]
-    with pytest.raises(UserError, match="leaves a side empty"):  # two answers to one prompt are one thing to split
+    # two answers to one prompt are one thing to split
+    with pytest.raises(UserError, match=r"1 different prompts .* leaves a side empty; .* or others in data\.heldout"):
         pairs_of(tmp_path, chats, Chatty())
     chats[1]["prompt"] = [{**USER, "content": "other"}]
     assert all(
@@ -170,6 +171,12 @@ def test_the_split_is_the_seeds_and_keeps_equal_rows_together(tmp_path):
     assert load_texts(section, PLAIN, 0)[1].numbers == heldout.numbers
     assert load_texts(section, PLAIN, 1)[1].numbers != heldout.numbers
     assert heldout.where(0) == f"{section.path}, line {heldout.numbers[0]}"
+
+
+def test_a_small_share_of_a_few_rows_is_one_of_them(tmp_path):
+    section = TextData(path=write(tmp_path, [{"text": text} for text in "abcd"]), heldout_fraction=0.1)
+    training, heldout = load_texts(section, PLAIN, 0)
+    assert (len(training), len(heldout)) == (3, 1)
 
 
 def test_held_out_rows_of_their_own(tmp_path):
