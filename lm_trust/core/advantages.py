@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_trust.core.processes import largest, summed
+from lm_trust.core.shapes import require_same_shape
 
 
 def gae(
@@ -34,7 +35,13 @@ def gae(
 
     Returns:
         advantages and returns (advantages + values), each (B, T).
+
+    Raises:
+        ValueError: the arguments are not all of one shape.
     """
+    require_same_shape(
+        rewards=rewards, values=values, next_values=next_values, terminated=terminated, truncated=truncated
+    )
     terminated, truncated = terminated.bool(), truncated.bool()
     deltas = rewards + gamma * torch.where(terminated, torch.zeros_like(next_values), next_values) - values
     carry = gamma * lam * (~(terminated | truncated)).to(deltas.dtype)
@@ -49,7 +56,11 @@ def returns_to_go(rewards: Tensor, ended: Tensor, *, gamma: float) -> Tensor:
         rewards: (B, T).
         ended: (B, T) bool or numbers, True or 1 at the last step of an episode.
         gamma: discount.
+
+    Raises:
+        ValueError: the two are not of one shape.
     """
+    require_same_shape(rewards=rewards, ended=ended)
     return _discounted_sum(rewards, gamma * ended.logical_not().to(rewards.dtype))
 
 
@@ -91,9 +102,14 @@ def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Te
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of x over True entries of mask, a scalar; 0 where none is True. Masked entries may hold anything."""
+    """Mean of x over True entries of mask, a scalar; 0 where none is True. Masked entries may hold anything.
+
+    Raises:
+        ValueError: x and mask are not of one shape.
+    """
     if mask is None:
         return x.mean()
+    require_same_shape(x=x, mask=mask)
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
 
 
@@ -102,9 +118,13 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
 
     Finite for one valid item or zero variance (both give zeros); NaN where a valid item is not finite. Over the entries
     of all processes, each of which gives its own.
+
+    Raises:
+        ValueError: x and mask are not of one shape.
     """
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
+    require_same_shape(x=x, mask=mask)
     valid = torch.where(mask, x, 0.0)
     count = summed(mask.sum())
     centred = torch.where(mask, valid - summed(valid.sum()) / count.clamp_min(1), 0.0)

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lm_trust.core.shapes import require_same_shape
+
 
 @runtime_checkable
 class Distribution(Protocol):
@@ -51,6 +53,9 @@ class Categorical:
 
     Args:
         logits: (B, T, V), unnormalised; adding a constant to a row changes nothing, and -inf is probability zero.
+
+    Raises:
+        ValueError: from `log_prob` and `score`, actions that are not one a step.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -70,7 +75,7 @@ class Categorical:
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-probability of actions (B, T), in nats."""
-        return self.log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+        return self.log_probs.gather(-1, self._index(actions)).squeeze(-1)
 
     def entropy(self) -> Tensor:
         """(B, T) entropy in nats per step."""
@@ -92,8 +97,8 @@ class Categorical:
 
     def score(self, actions: Tensor) -> tuple[Tensor, ...]:
         """(onehot(action) - p,), the gradient of log_prob by the logits, (B, T, V)."""
-        actions = actions.long().unsqueeze(-1)
-        return (self.log_probs.exp().neg_().scatter_add_(-1, actions, torch.ones_like(self.logits[..., :1])),)
+        chosen = torch.ones_like(self.logits[..., :1])
+        return (self.log_probs.exp().neg_().scatter_add_(-1, self._index(actions), chosen),)
 
     def fisher_product(self, *tangents: Tensor) -> Tensor:
         """(diag(p) - p p') u for one tangent u of the logits, (B, T, V): the Hessian of KL(self || .) at self."""
@@ -113,6 +118,13 @@ class Categorical:
 
     def __getitem__(self, rows: Any) -> Categorical:
         return Categorical(self.logits[rows])
+
+    def _index(self, actions: Tensor) -> Tensor:
+        # Of fewer actions than steps, gather would score a corner without a word.
+        if actions.shape != self.logits.shape[:-1]:
+            given, wanted = tuple(actions.shape), tuple(self.logits.shape)
+            raise ValueError(f"actions of shape {given} for logits of shape {wanted}: one a step")
+        return actions.long().unsqueeze(-1)
 
 
 class MultiCategorical:
@@ -288,7 +300,11 @@ def kl_estimators(old_log_prob: Tensor, new_log_prob: Tensor) -> dict[str, Tenso
 
     Returns:
         {"k1", "k2", "k3"}, each (B, T) in nats per step.
+
+    Raises:
+        ValueError: the two are not of one shape.
     """
+    require_same_shape(old_log_prob=old_log_prob, new_log_prob=new_log_prob)
     log_ratio = new_log_prob - old_log_prob
     return {"k1": -log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(log_ratio) - log_ratio}
 

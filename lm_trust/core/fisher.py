@@ -32,6 +32,7 @@ from lm_trust.core.linearisation import (
 from lm_trust.core.parameters import assign, flatten, trainable_parameters, unflatten
 from lm_trust.core.passes import is_sharded, passes
 from lm_trust.core.processes import placed_rows, summed
+from lm_trust.core.shapes import require_same_shape
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
 
@@ -56,7 +57,8 @@ class FisherOperator:
             rows, and rebuilt for each otherwise, so that memory does not grow with B.
 
     Raises:
-        ValueError: an unknown method, one that a sharded policy cannot serve, or a policy without trainable parameters.
+        ValueError: an unknown method, one that a sharded policy cannot serve, or a policy without trainable parameters;
+            from a product, a mask that is not of the steps' shape.
     """
 
     def __init__(
@@ -141,7 +143,9 @@ class FisherOperator:
             if mask is None:
                 steps_a_row = like.numel() // max(len(like), 1)
                 return torch.full_like(like, 1 / (count * steps_a_row))
-            return mask[rows].to(like.dtype) / count
+            own = mask[rows]
+            require_same_shape(mask=own, steps=like)
+            return own.to(like.dtype) / count
 
         return weights
 

@@ -20,6 +20,7 @@ from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_a
 from lm_trust.core.parameters import flatten
 from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, placed_rows, summed
+from lm_trust.core.shapes import require_same_shape
 from lm_trust.core.surrogate import ratio
 
 RowIndex = slice | Tensor  # of a batch: a range, or indices
@@ -109,9 +110,7 @@ class SurrogateObjective:
             raise ValueError("a weight or a bound of the reference KL needs a reference distribution in the batch")
         self.policy = policy
         self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
-        if self.mask.shape != advantages.shape:
-            shapes = f"{tuple(advantages.shape)} and {tuple(self.mask.shape)}"
-            raise ValueError(f"advantages and mask of shapes {shapes}: one of each a step")
+        require_same_shape(advantages=advantages, mask=self.mask)
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None
         self.linearisation: Linearisation | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lm_trust.core.shapes import require_same_shape
+
 
 def ratio(old_log_prob: Tensor, new_log_prob: Tensor) -> Tensor:
     """pi_new(a | s) / pi_old(a | s), (B, T)."""
@@ -28,7 +30,11 @@ def clipped_surrogate(
 
     Returns:
         (B, T), to be maximised.
+
+    Raises:
+        ValueError: the tensors are not of one shape.
     """
+    require_same_shape(old_log_prob=old_log_prob, new_log_prob=new_log_prob, advantages=advantages)
     probability_ratio = ratio(old_log_prob, new_log_prob)
     high = clip if clip_high is None else clip_high
     clipped = probability_ratio.clamp(1 - clip, 1 + high)
@@ -45,11 +51,12 @@ def clipped_surrogate_slope(
 ) -> tuple[Tensor, Tensor]:
     """The derivative of `clipped_surrogate` by new_log_prob: r A, and 0 where the clip holds.
 
-    Arguments as there.
+    Arguments and errors as there.
 
     Returns:
         (B, T) the derivative, and (B, T) bool, whether the ratio is outside of the band.
     """
+    require_same_shape(old_log_prob=old_log_prob, new_log_prob=new_log_prob, advantages=advantages)
     probability_ratio = ratio(old_log_prob, new_log_prob)
     above = probability_ratio > 1 + (clip if clip_high is None else clip_high)
     below = probability_ratio < 1 - clip
@@ -69,7 +76,11 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 
     Returns:
         (B, T), to be minimised.
+
+    Raises:
+        ValueError: the tensors are not of one shape.
     """
+    require_same_shape(values=values, old_values=old_values, returns=returns)
     error = (values - returns).square()
     if clip is not None:
         held = old_values + (values - old_values).clamp(-clip, clip)
@@ -78,7 +89,8 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 
 
 def clipped_value_slope(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
-    """The derivative of `clipped_value_loss` by the values, per step. Arguments and shape as there."""
+    """The derivative of `clipped_value_loss` by the values, per step. Arguments, shape and errors as there."""
+    require_same_shape(values=values, old_values=old_values, returns=returns)
     error = values - returns
     if clip is None:
         return error

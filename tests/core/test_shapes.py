@@ -1,0 +1,97 @@
+"""Tensors of shapes that do not belong together are refused by name, where broadcasting would make other numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from lm_trust.core import (
+    Categorical,
+    FisherOperator,
+    clipped_surrogate,
+    clipped_value_loss,
+    gae,
+    kl_estimators,
+    masked_mean,
+    masked_whiten,
+    returns_to_go,
+    trust_region_step,
+)
+from lm_trust.core.shapes import require_same_shape
+from lm_trust.core.surrogate import clipped_surrogate_slope, clipped_value_slope
+
+B, T, V = 4, 6, 3
+FUNCTIONS = {
+    "gae": (
+        lambda *given: gae(*given, gamma=0.9, lam=0.9),
+        ("rewards", "values", "next_values", "terminated", "truncated"),
+    ),
+    "returns_to_go": (lambda *given: returns_to_go(*given, gamma=0.9), ("rewards", "ended")),
+    "masked_mean": (masked_mean, ("x", "mask")),
+    "masked_whiten": (masked_whiten, ("x", "mask")),
+    "clipped_surrogate": (clipped_surrogate, ("old_log_prob", "new_log_prob", "advantages")),
+    "clipped_surrogate_slope": (clipped_surrogate_slope, ("old_log_prob", "new_log_prob", "advantages")),
+    "clipped_value_loss": (lambda *given: clipped_value_loss(*given, clip=0.2), ("values", "old_values", "returns")),
+    "clipped_value_slope": (lambda *given: clipped_value_slope(*given, clip=0.2), ("values", "old_values", "returns")),
+    "kl_estimators": (kl_estimators, ("old_log_prob", "new_log_prob")),
+}
+
+
+def tensors(names, shapes=None):
+    """Ones, of booleans where the name is of a flag."""
+    made = [torch.ones(*shape) for shape in shapes or [(B, T)] * len(names)]
+    flags = ("mask", "terminated", "truncated", "ended")
+    return [each.bool() if name in flags else each for name, each in zip(names, made, strict=True)]
+
+
+@pytest.mark.parametrize("wrong", [(B, 1), (T,), (1, T), (B, T, 1)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_argument_is_of_the_others_shape(name, wrong):
+    function, names = FUNCTIONS[name]
+    function(*tensors(names))
+    for place in range(len(names)):
+        shapes = [(B, T)] * len(names)
+        shapes[place] = wrong
+        with pytest.raises(ValueError) as caught:
+            function(*tensors(names, shapes))
+        assert all(word in str(caught.value) for word in (*names, str(wrong), str((B, T)), "one of each a step"))
+
+
+def test_the_message_reads_like_a_sentence():
+    with pytest.raises(ValueError, match=r"^a, b and c of shapes \(1,\), \(2,\) and \(1,\): one of each a step$"):
+        require_same_shape(a=torch.ones(1), b=torch.ones(2), c=torch.ones(1))
+
+
+@pytest.mark.parametrize("wrong", [(B, 2), (2, T), (B, 1), (B,), (1, B, T)])
+def test_a_categorical_has_one_action_a_step(wrong):
+    distribution, actions = Categorical(torch.zeros(B, T, V)), torch.zeros(wrong, dtype=torch.long)
+    for ask in (distribution.log_prob, distribution.score):
+        with pytest.raises(ValueError, match=r"actions of shape .* for logits of shape \(4, 6, 3\): one a step"):
+            ask(actions)
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, V)
+
+    def distribution(self, observations):
+        return Categorical(self.net(observations))
+
+
+@pytest.mark.parametrize("method", ["gauss_newton", "kl_hessian", "finite_difference", "auto"])
+@pytest.mark.parametrize("shape", [(B, 1), (B,), (B, T, 1)])
+def test_the_fishers_mask_is_of_the_steps_shape(method, shape):
+    operator = FisherOperator(Linear(), torch.ones(B, T, 2), mask=torch.ones(shape, dtype=torch.bool), method=method)
+    with pytest.raises(ValueError, match="mask and steps of shapes"):
+        operator(torch.ones(9))
+
+
+def test_a_steps_mask_is_of_its_advantages_shape():
+    with pytest.raises(ValueError, match=r"advantages and mask of shapes \(4, 6\) and \(4, 1\): one of each a step"):
+        trust_region_step(
+            Linear(),
+            torch.ones(B, T, 2),
+            torch.zeros(B, T, dtype=torch.long),
+            torch.ones(B, T),
+            mask=torch.ones(B, 1, dtype=torch.bool),
+        )
