@@ -1,7 +1,7 @@
 """Advantage estimators and masked statistics, as pure functions of (B, T) tensors.
 
-T is the last axis. `terminated` is a true end of the task (its value is zero), `truncated` an outside limit (the value
-of the state it stopped in still counts); both cut the trace.
+T is the last axis. Masks and ends are bool, or numbers that are 0 or 1. `terminated` is a true end of the task (its
+value is zero), `truncated` an outside limit (the value of the state it stopped in still counts); both cut the trace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def gae(
         rewards, values: (B, T).
         next_values: (B, T), the value of the state that each action led to. At a truncation that is the value of the
             final observation, never of the observation after a reset; at a termination it is ignored.
-        terminated, truncated: (B, T) bool, or numbers that are 0 or 1.
+        terminated, truncated: (B, T).
         gamma: discount.
         lam: trace decay; 0 gives one-step errors, 1 gives returns minus values.
 
@@ -54,7 +54,7 @@ def returns_to_go(rewards: Tensor, ended: Tensor, *, gamma: float) -> Tensor:
 
     Args:
         rewards: (B, T).
-        ended: (B, T) bool or numbers, True or 1 at the last step of an episode.
+        ended: (B, T), True at the last step of an episode.
         gamma: discount.
 
     Raises:
@@ -110,6 +110,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.mean()
     require_same_shape(x=x, mask=mask)
+    mask = mask.bool()
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
 
 
@@ -122,8 +123,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: x and mask are not of one shape.
     """
-    if mask is None:
-        mask = torch.ones_like(x, dtype=torch.bool)
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
     require_same_shape(x=x, mask=mask)
     valid = torch.where(mask, x, 0.0)
     count = summed(mask.sum())

@@ -60,7 +60,7 @@ class Batch:
         old: the distribution that sampled, detached.
         old_log_prob: its log-probability of the actions, nats per step.
         advantages: like old_log_prob.
-        mask: like old_log_prob, bool; None where every step is real.
+        mask: like old_log_prob, True (or 1) at real actions, held as bool; None where every step is real.
         reference: the reference policy's distribution, where there is one.
         progress: fraction of the training done, 0 to 1, for schedules.
     """
@@ -73,6 +73,10 @@ class Batch:
     mask: Tensor | None
     reference: Distribution | None = None
     progress: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mask is not None:  # a tokenizer's is of integers, which would select rows
+            self.mask = self.mask.bool()
 
     def __len__(self) -> int:
         return len(self.actions)

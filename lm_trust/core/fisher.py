@@ -48,7 +48,7 @@ class FisherOperator:
         policy: a module with `distribution(observations)`.
         observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted and, without a
             mask, counted by `len`.
-        mask: (B, T) or (N,), True at the steps that count; None counts all.
+        mask: (B, T) or (N,), True (or 1) at the steps that count; None counts all.
         damping: multiple of the identity that is added.
         method: see the module's text. "auto" is `gauss_newton`, or `finite_difference` where the policy's graph cannot
             be differentiated twice, as of one that is sharded; after the first product `method` names the one in use.
@@ -81,7 +81,7 @@ class FisherOperator:
         self._policy = policy
         self._parameters = trainable_parameters(policy)
         self._observations = observations
-        self._mask = mask
+        self._mask = mask = None if mask is None else mask.bool()
         # Of all processes: rows where every step counts, steps otherwise.
         self._count = placed_rows(len(observations)).total if mask is None else summed(mask.sum()).clamp_min(1)
         # Of a dict or a tuple len counts something else; the mask has the rows.

@@ -109,7 +109,7 @@ class SurrogateObjective:
         if (bounded or reference_loss) and reference is None:
             raise ValueError("a weight or a bound of the reference KL needs a reference distribution in the batch")
         self.policy = policy
-        self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+        self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
         require_same_shape(advantages=advantages, mask=self.mask)
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None

@@ -59,7 +59,7 @@ def trust_region_step(
         observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted.
         actions: (B, T), (B, T, A), (N,) or (N, A); possible ones where masked, too.
         advantages: (B, T) or (N,).
-        mask: like advantages, True at real actions; None counts all.
+        mask: like advantages, True (or 1) at real actions; None counts all.
         max_kl: bound on the mean exact KL(old || new), nats per step.
         damping: added to the Fisher's diagonal while solving.
         cg_iterations, cg_tolerance: see `conjugate_gradient`.

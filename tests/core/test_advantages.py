@@ -303,3 +303,10 @@ def test_a_flat_batch_is_accepted_by_the_masked_statistics():
     x, mask = experience()[0].flatten(), mask_of().flatten()
     assert masked_mean(x, mask).item() == pytest.approx(x[mask].mean().item())
     assert masked_whiten(x, mask).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_may_be_zeros_and_ones(dtype):
+    x, mask = experience()[0], mask_of()
+    assert masked_mean(x, mask.to(dtype)).equal(masked_mean(x, mask))
+    assert masked_whiten(x, mask.to(dtype)).equal(masked_whiten(x, mask))

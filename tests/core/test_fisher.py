@@ -397,6 +397,14 @@ def test_rows_are_those_of_the_mask_whatever_the_observations_are(kind, method):
     close(matrix_of(operator, size_of(policy)), dense_fisher(policy.net, observations, mask), method)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_a_mask_may_be_zeros_and_ones(dtype):
+    policy, observations, mask = Discrete(), observed(B, T), uneven_mask()
+    vector = torch.linspace(-1, 1, size_of(policy), dtype=torch.float64)
+    expected = FisherOperator(policy, observations, mask=mask)(vector)
+    assert FisherOperator(policy, observations, mask=mask.to(dtype))(vector).equal(expected)
+
+
 class Forbidding(nn.Module):
     """Some actions are impossible in every state."""
 

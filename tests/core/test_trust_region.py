@@ -357,6 +357,16 @@ def test_a_mask_of_true_is_no_mask_and_rows_without_valid_steps_may_be_left_out(
     torch.testing.assert_close(vector_of(shorter), vector_of(masked), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("settings", [{}, {"holdout_fraction": 0.5}, {"microbatch_size": 2}])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_a_mask_may_be_zeros_and_ones(dtype, settings):
+    one, two, mask = Discrete(), Discrete(), uneven_mask()
+    batch = experience(one)
+    expected = trust_region_step(one, *batch, mask=mask, **settings)
+    assert trust_region_step(two, *batch, mask=mask.to(dtype), **settings) == expected and expected.accepted
+    assert vector_of(two).equal(vector_of(one))
+
+
 @pytest.mark.parametrize("make", POLICIES)
 def test_a_flat_batch_takes_the_same_step(make):
     policy, flat, mask = make(), make(), uneven_mask()

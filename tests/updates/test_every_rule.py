@@ -79,6 +79,15 @@ def test_single_steps_without_a_mask_are_the_masked_sequences(kind, name):
     assert two.surrogate_gain == pytest.approx(one.surrogate_gain, rel=1e-5)
 
 
+@every_rule
+def test_a_mask_may_be_zeros_and_ones(make):
+    policy, other = Policy("categorical"), Policy("categorical")
+    batch = batch_for(policy)
+    given = replace(batch, mask=batch.mask.long())
+    assert make().step(other, given) == make().step(policy, batch) and vector_of(other).equal(vector_of(policy))
+    assert given.flattened().actions.equal(batch.flattened().actions)
+
+
 def whole_batches(name):
     """The rule with one minibatch, whose cut does not depend on what a row is."""
     return RULES[name](minibatches=1) if name in MINIBATCHED else RULES[name]()
