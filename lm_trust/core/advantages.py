@@ -135,6 +135,8 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
     """y_t = x_t + carry_t * y_{t+1} along the last axis."""
+    if not x.shape[-1]:
+        return x
     total = torch.zeros_like(x[..., 0])
     columns = []
     for value, factor in zip(reversed(x.unbind(-1)), reversed(carry.unbind(-1)), strict=True):

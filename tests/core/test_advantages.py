@@ -140,6 +140,13 @@ def test_ends_may_be_zeros_and_ones(dtype):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("shape", [(B, 0), (0, T), (0,)])
+def test_no_steps_have_no_advantages(shape):
+    nothing = torch.zeros(shape)
+    assert all(each.shape == shape for each in gae(*[nothing] * 5, gamma=0.9, lam=0.9))
+    assert returns_to_go(nothing, nothing, gamma=0.9).shape == shape
+
+
 def test_gae_leaves_its_arguments_as_they_were():
     steps = experience(7)
     copies = [tensor.clone() for tensor in steps]
