@@ -65,7 +65,12 @@ def natural_gradient(
     Returns:
         The direction, or None where there is none; and a report, not accepted, with its numbers and, where there is
         none, the reason.
+
+    Raises:
+        ValueError: fewer than 1 cg_iterations.
     """
+    if cg_iterations < 1:
+        raise ValueError(f"cg_iterations must be 1 or more, got {cg_iterations}")
     rows: RowIndex = slice(None)
     if fisher_fraction < 1:
         rows = objective.placed.own(spread_rows(objective.placed.total, fisher_fraction))

@@ -81,9 +81,16 @@ def trust_region_step(
         The report. Where it says not accepted, the parameters are bit-identical to before.
 
     Raises:
-        ValueError: a reference_loss or a budget without a reference; a holdout that leaves no row on one side; or
-            shapes of actions, advantages and mask that do not belong together.
+        ValueError: a max_kl that is negative or not finite, fewer than 1 cg_iterations, a backtrack_ratio outside of
+            (0, 1) or negative max_backtracks; a reference_loss or a budget without a reference; a holdout that leaves
+            no row on one side; or shapes of actions, advantages and mask that do not belong together.
     """
+    if not 0 <= max_kl < math.inf:  # 0 is what an annealed bound comes to
+        raise ValueError(f"max_kl must be 0 or more, and finite, got {max_kl}")
+    if not 0 < backtrack_ratio < 1:
+        raise ValueError(f"backtrack_ratio must be between 0 and 1, got {backtrack_ratio}")
+    if max_backtracks < 0:
+        raise ValueError(f"max_backtracks must be 0 or more, got {max_backtracks}")
     parameters = trainable_parameters(policy)
     objective = SurrogateObjective(
         policy,

@@ -22,9 +22,14 @@ class PPOTrust:
     Args:
         max_kl: bound on the mean exact KL(old || new), nats per step.
         settings: see `PPOClip`.
+
+    Raises:
+        ValueError: a negative max_kl.
     """
 
     def __init__(self, *, max_kl: float = 0.015, **settings: Any) -> None:
+        if not max_kl >= 0:
+            raise ValueError(f"max_kl must be 0 or more, got {max_kl}")
         self._max_kl = max_kl
         self._ppo = PPOClip(**settings)
 

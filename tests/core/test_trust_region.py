@@ -665,6 +665,34 @@ def test_a_candidate_that_forbids_a_possible_action_is_refused():
     assert_untouched(policy, before, report)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_kl", -1),
+        ("max_kl", math.nan),
+        ("max_kl", math.inf),
+        ("cg_iterations", 0),
+        ("backtrack_ratio", 0.0),
+        ("backtrack_ratio", 1.0),
+        ("backtrack_ratio", math.nan),
+        ("max_backtracks", -1),
+    ],
+)
+def test_a_setting_that_is_out_of_range_is_an_error_that_names_it(name, value):
+    policy = Discrete()
+    before = bits(policy)
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {value}"):
+        trust_region_step(policy, *experience(policy), **{name: value})
+    assert all(map(torch.equal, bits(policy), before))
+
+
+def test_a_bound_that_was_annealed_to_zero_is_a_step_of_zero():
+    policy = Discrete()
+    before = bits(policy)
+    report = trust_region_step(policy, *experience(policy), max_kl=0.0)
+    assert_untouched(policy, before, report)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["advantages", "observations", "parameters"])
 def test_numbers_that_are_not_finite_are_reported_and_never_raised(bad, where):

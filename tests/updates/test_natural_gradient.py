@@ -91,3 +91,9 @@ def test_the_reference_loss_is_part_of_the_objective():
     assert distance["with"] < distance["without"]
     steps_per_row = MASK.sum().item() / len(batch)
     assert report.metrics["reference_kl_after"] == pytest.approx(distance["with"] * steps_per_row, rel=1e-9)
+
+
+def test_no_iterations_are_an_error():
+    policy = Policy("categorical")
+    with pytest.raises(ValueError, match="cg_iterations must be 1 or more, got 0"):
+        NaturalGradient(cg_iterations=0).step(policy, batch_for(policy))

@@ -37,6 +37,12 @@ def test_is_never_over_its_bound_and_always_on_ppos_line(kind, max_kl):
     assert min(seen.values()) >= 2
 
 
+@pytest.mark.parametrize("max_kl", [-1.0, float("nan")])
+def test_a_bound_that_nothing_keeps_is_an_error(max_kl):
+    with pytest.raises(ValueError, match=f"max_kl must be 0 or more, got {max_kl}"):
+        PPOTrust(max_kl=max_kl)
+
+
 def test_what_does_not_improve_is_not_done():
     policy = Policy()
     batch = batch_for(policy)
