@@ -115,7 +115,7 @@ class SurrogateObjective:
         self.reference_gradient: Tensor | None = None
         self.linearisation: Linearisation | None = None
         self._observations = observations
-        self._actions = actions
+        self._actions = actions if mask is None else _possible(actions, self.mask)
         self._advantages = torch.where(self.mask, advantages, 0.0)
         self._reference = reference if reference_loss or bounded else None
         self._reference_loss = reference_loss
@@ -253,6 +253,14 @@ class SurrogateObjective:
 
     def _select(self, rows: RowIndex) -> Any:
         return self._observations if len(self._chunks) == 1 else self._observations[rows]
+
+
+def _possible(actions: Tensor, mask: Tensor) -> Tensor:
+    """The actions with a real one where masked, as a distribution may fail on what stands there: a label of -100."""
+    if actions.shape[: mask.ndim] != mask.shape or mask.all():
+        return actions
+    some = actions[mask][:1].sum(0)  # of none: 0
+    return torch.where(mask.view(*mask.shape, *[1] * (actions.ndim - mask.ndim)), actions, some)
 
 
 def _gradient(

@@ -357,6 +357,22 @@ def test_a_mask_of_true_is_no_mask_and_rows_without_valid_steps_may_be_left_out(
     torch.testing.assert_close(vector_of(shorter), vector_of(masked), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("settings", [{}, {"fisher_method": "kl_hessian"}, {"microbatch_size": 2}])
+@pytest.mark.parametrize("make", POLICIES)
+def test_a_masked_action_may_be_impossible(make, settings):
+    one, two, mask = make(), make(), uneven_mask()
+    observations, actions, advantages = experience(one)
+    trust_region_step(one, observations, actions, advantages, mask=mask, **settings)
+    label = -100 if actions.dtype == torch.int64 else math.nan
+    wrong = torch.where(mask.view(*mask.shape, *[1] * (actions.ndim - 2)), actions, label)
+    given = wrong.clone()
+    trust_region_step(two, observations, given, advantages, mask=mask, **settings)
+    assert vector_of(two).equal(vector_of(one)) and not vector_of(two).equal(vector_of(make()))
+    torch.testing.assert_close(given, wrong, rtol=0, atol=0, equal_nan=True)
+    none = torch.full_like(wrong, label)
+    assert not trust_region_step(two, observations, none, advantages, mask=torch.zeros_like(mask)).accepted
+
+
 @pytest.mark.parametrize("settings", [{}, {"holdout_fraction": 0.5}, {"microbatch_size": 2}])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
 def test_a_mask_may_be_zeros_and_ones(dtype, settings):
