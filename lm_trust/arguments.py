@@ -21,6 +21,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with wrong usage as one line like every other error."""
 
     def error(self, message: str) -> NoReturn:
+        if re.match(r"unrecognized arguments: --\w+\.", message):
+            message += " (a config's keys are set where it trains; here are options, such as evaluate's --count)"
         raise UserError(f"{' '.join(message.split())}; see {self.prog} --help")
 
 

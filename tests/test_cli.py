@@ -360,6 +360,8 @@ def test_evaluate(calls, capsys):
     assert calls == [("evaluate", run, None, False, 0, False), ("evaluate", run, 5, True, 3, True)]
     (line,) = refused(capsys, "evaluate", "runs/first", "--count", "0")
     assert "expected a whole number of 1 or more, got '0'" in line
+    (line,) = refused(capsys, "evaluate", "runs/first", "--evaluation.count", "5")
+    assert "unrecognized arguments: --evaluation.count 5 (a config's keys are set where it trains;" in line
 
 
 def test_a_run_of_a_version_that_was_less_strict_can_be_evaluated(calls, capsys):
