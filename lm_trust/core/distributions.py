@@ -270,6 +270,21 @@ class DiagonalGaussian:
         return actions - self.mean
 
 
+def require_members(distribution: Any, *names: str) -> None:
+    """Check that what a policy returned has what is asked of it here, of all that `Distribution` names.
+
+    Raises:
+        TypeError: it has not; it names what is missing.
+    """
+    missing = [name for name in names if not hasattr(distribution, name)]
+    if missing:
+        kind = type(distribution)
+        raise TypeError(
+            f"the policy's distribution, a {kind.__module__}.{kind.__qualname__}, lacks {', '.join(missing)}; "
+            "see lm_trust.core.Distribution"
+        )
+
+
 def per_step(function: Callable[..., Any], distributions: Sequence[Distribution], *tensors: Tensor) -> Any:
     """A function of several distributions and tensors at every step, in one go.
 

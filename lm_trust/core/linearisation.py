@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lm_trust.core.distributions import Distribution
+from lm_trust.core.distributions import Distribution, require_members
 from lm_trust.core.parameters import trainable_parameters
 
 Pullback = Callable[..., list[Tensor | None]]
@@ -111,6 +111,7 @@ class _Maps:
         self._trained = trainable_parameters(policy)
         with torch.enable_grad(), twice_differentiable():
             self.distribution = policy.distribution(observations)
+        require_members(self.distribution, "parameters", "log_prob", "kl", "fisher_product", "detach")
         self._outputs = self.distribution.parameters
         self._live = [output for output in self._outputs if output.requires_grad]
         self._cotangents: list[Tensor] = []  # of the pullback that was kept,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_trust.core.batch import row_chunks
-from lm_trust.core.distributions import Distribution, per_step
+from lm_trust.core.distributions import Distribution, per_step, require_members
 from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_autograd
 from lm_trust.core.parameters import flatten
 from lm_trust.core.passes import passes
@@ -166,6 +166,7 @@ class SurrogateObjective:
                     distribution, _, pullback = self.linearisation
                 else:
                     distribution = self.policy.distribution(self._select(rows))
+                    require_members(distribution, "log_prob", "kl", "detach")
                 objective, *reference = self._per_step(_at_start, rows, distribution)
                 wanted = [self._learnt.mean(objective, rows)]
                 if self._bounded:

@@ -84,6 +84,7 @@ def trust_region_step(
         ValueError: a max_kl that is negative or not finite, fewer than 1 cg_iterations, a backtrack_ratio outside of
             (0, 1) or negative max_backtracks; a reference_loss or a budget without a reference; a holdout that leaves
             no row on one side; or shapes of actions, advantages and mask that do not belong together.
+        TypeError: the policy's distribution lacks some of what `Distribution` names.
     """
     if not 0 <= max_kl < math.inf:  # 0 is what an annealed bound comes to
         raise ValueError(f"max_kl must be 0 or more, and finite, got {max_kl}")

@@ -727,6 +727,23 @@ def test_numbers_that_are_not_finite_are_reported_and_never_raised(bad, where):
     assert_untouched(policy, before, report)
 
 
+class Lacking(Discrete):
+    """Its distribution is torch's."""
+
+    def distribution(self, observations):
+        return torch.distributions.Categorical(logits=self(observations))
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [({}, "parameters, kl, fisher_product, detach"), ({"fisher_method": "finite_difference"}, "kl, detach")],
+)
+def test_a_distribution_of_another_kind_is_told_what_it_lacks(settings, missing):
+    policy, batch = Lacking(), experience(Discrete())
+    with pytest.raises(TypeError, match=rf"a torch\.distributions\..*Categorical, lacks {missing}; see lm_trust\.core"):
+        trust_region_step(policy, *batch, **settings)
+
+
 def test_a_gradient_of_zero_is_a_step_of_zero():
     policy = Discrete()
     observations, actions, advantages = experience(policy)
