@@ -24,7 +24,8 @@ def clipped_surrogate(
     """PPO's pessimistic surrogate min(r A, clip(r, 1 - clip, 1 + clip) A) (Schulman et al. 2017, eq. 7).
 
     Args:
-        old_log_prob, new_log_prob, advantages: (B, T).
+        old_log_prob, new_log_prob: (B, T).
+        advantages: (B, T); or (B, 1) or a scalar, that of all steps of a row or of all.
         clip: half-width of the band around 1.
         clip_high: the upper half-width where it differs ("clip-higher", Yu et al. 2025).
 
@@ -32,8 +33,10 @@ def clipped_surrogate(
         (B, T), to be maximised.
 
     Raises:
-        ValueError: the tensors are not of one shape.
+        ValueError: the tensors are of other shapes.
     """
+    if advantages.ndim == 0 or advantages.shape == (*new_log_prob.shape[:-1], 1):
+        advantages = advantages.expand_as(new_log_prob)
     require_same_shape(old_log_prob=old_log_prob, new_log_prob=new_log_prob, advantages=advantages)
     probability_ratio = ratio(old_log_prob, new_log_prob)
     high = clip if clip_high is None else clip_high

@@ -51,9 +51,19 @@ def test_each_argument_is_of_the_others_shape(name, wrong):
     for place in range(len(names)):
         shapes = [(B, T)] * len(names)
         shapes[place] = wrong
+        if (name, names[place], wrong) == ("clipped_surrogate", "advantages", (B, 1)):
+            continue  # a row's, see below
         with pytest.raises(ValueError) as caught:
             function(*tensors(names, shapes))
         assert all(word in str(caught.value) for word in (*names, str(wrong), str((B, T)), "one of each a step"))
+
+
+@pytest.mark.parametrize("shape", [(B, 1), ()])
+def test_an_advantage_may_be_that_of_a_whole_row_or_of_all(shape):
+    old, new = torch.randn(2, B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    advantages = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    each = torch.stack([clipped_surrogate(old[:, t], new[:, t], advantages.expand(B, T)[:, t]) for t in range(T)], 1)
+    assert torch.equal(clipped_surrogate(old, new, advantages), each)
 
 
 def test_the_message_reads_like_a_sentence():
