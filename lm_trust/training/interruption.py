@@ -6,6 +6,7 @@ itself, so that there a second one asks for no more than the first; a process th
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -15,6 +16,9 @@ from lm_trust.core.processes import gathered, process_count
 
 class Interruption:
     """Within this context SIGINT and SIGTERM are noted and not obeyed; a second one is, at once, where one is alone.
+
+    Forks of this process obey SIGTERM at once: whoever made one, such as a reward, ends it so and waits for that. A
+    first SIGINT they pass over, as a terminal sends it to them too and the iteration under way needs their answers.
 
     Attributes:
         signal: the signal that came to this process, or None; after `requested`, to any.
@@ -39,19 +43,21 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
+            if hasattr(os, "register_at_fork"):  # where there are forks
+                os.register_at_fork(after_in_child=lambda: self._restore(signal.SIGTERM))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         if process_count() == 1:
-            self._restore()
+            self._restore(*self._previous)
 
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))

@@ -1,8 +1,10 @@
 """Signals as requests: the first is noted, the second obeyed, and nothing stays behind."""
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -60,3 +62,32 @@ def test_outside_the_main_thread_signals_are_left_to_their_owner():
     thread.start()
     thread.join()
     assert found == [handlers, 0]
+
+
+@pytest.mark.parametrize("forker", ["main thread", "another"])
+def test_forks_end_by_sigterm_and_pass_over_a_first_sigint(forker):
+    def fork():
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
+        for child in children:
+            child.start()
+        os.kill(children[1].pid, signal.SIGINT)
+        children[1].join(0.5)
+        alive.extend(child.is_alive() for child in children)
+        for child in children:
+            child.terminate()
+            child.join(5)
+            codes.append(child.exitcode)
+            child.kill()
+
+    alive, codes = [], []
+    with Interruption() as interruption:
+        if forker == "another":
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join()
+        else:
+            fork()
+        assert alive == [True, True] and codes == [-signal.SIGTERM] * 2 and interruption.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal is signal.SIGTERM
