@@ -48,7 +48,8 @@ class Child:
         self._name = name
         self._connection, theirs = context.Pipe()
         given = (target, theirs, None if fresh else self._connection)
-        self._process = context.Process(target=_serve, args=given, daemon=True)
+        # A daemon may not have children of its own. A fresh one is ended before this process waits for its children.
+        self._process = context.Process(target=_serve, args=given, daemon=not fresh)
         self._process.start()
         theirs.close()
         # multiprocessing's own, which at the end of this process runs before it waits for its children.
@@ -102,23 +103,34 @@ class Child:
 
     def kill(self) -> None:
         """End the child whatever it does."""
-        self._process.kill()
+        _kill(self._process)
         self.close()
 
     def _gone(self) -> ChildDied:
+        self._end()  # what it has started may still be there
         self._process.join(1)
         return ChildDied(self._name, self._process.exitcode)
 
 
 def _serve(target: Any, connection: Connection, parents_end: Connection | None) -> None:
     if parents_end is None:
+        if hasattr(os, "setsid"):
+            os.setsid()  # by it the end of this process is that of all that it has started
         _end_with_parent()
     else:
         parents_end.close()
         _one_thread()
-    # The parent finishes its iteration at either signal, and needs its children for it.
+    # The parent finishes its iteration at either signal, and needs its children for it. A handler, as what is ignored
+    # stays so in the programs that the target starts.
     for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
+        signal.signal(stop, lambda *_: None)
+
+    def leave() -> None:
+        connection.close()  # held open it would hide from the parent that this process is gone
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever made the fork ends it so and waits for that
+
+    if hasattr(os, "register_at_fork"):  # where there are forks
+        os.register_at_fork(after_in_child=leave)
     with suppress(EOFError, OSError):  # the parent is gone
         while (request := pickle.loads(connection.recv_bytes())) is not None:
             method, given = request
@@ -155,6 +167,8 @@ def _end_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -166,5 +180,13 @@ def _end(connection: Connection, killed: BaseProcess | None) -> None:
         connection.send_bytes(_pickled(None))
     connection.close()
     if killed is not None:
+        wait([killed.sentinel], 1)  # and not joined: only until then its number is surely its own
+        _kill(killed)
         killed.join(1)
-        killed.kill()
+
+
+def _kill(process: BaseProcess) -> None:
+    """End it, and what it has started where it has a session of its own."""
+    with suppress(AttributeError, OSError):  # no such platform; no such session, yet or any more
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()

@@ -4,7 +4,8 @@
 
 The process is a fresh interpreter that imports the function by its name. Where a call crashes it, exceeds its time or
 its memory, the process is ended, and the next call gets a new one. With several calls at once there are as many
-processes. What the function returns comes back as plain numbers, texts and lists: its modules are never imported here.
+processes. What one of them has started ends with it. What the function returns comes back as plain numbers, texts and
+lists: its modules are never imported here.
 """
 
 from __future__ import annotations

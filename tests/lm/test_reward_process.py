@@ -15,7 +15,7 @@ from lm_trust.lm.rewards import RewardError, RewardPart, WeightedRewards
 from lm_trust.training.config_file import load_config
 
 REWARDS = """
-import os, signal, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
 
 import numpy as np
 
@@ -60,6 +60,26 @@ def odd(completions):
     if "nan" in completions:
         return [float("nan")] * len(completions)
     return [1.0] * len(completions)
+
+def pool(completions):
+    with multiprocessing.Pool(2) as workers:
+        return workers.map(len, completions)
+
+def program(completions):
+    slept = subprocess.Popen(["sleep", "60"])
+    slept.terminate()
+    return [float(slept.wait())] * len(completions)
+
+def fork(completions):
+    slept = multiprocessing.Process(target=time.sleep, args=(60,))
+    slept.start()
+    open("fork.pid", "w").write(str(slept.pid))
+    if "crash" in completions:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "end" in completions:
+        slept.terminate()
+    slept.join()
+    return [float(slept.exitcode)] * len(completions)
 
 class OddError(Exception):
     pass
@@ -159,6 +179,32 @@ def _children_that_run_on():
     return [pid for pid, used in before.items() if ticks(pid) > used + 10]
 
 
+@pytest.mark.parametrize(("name", "answer"), [("pool", 3.0), ("program", -15.0), ("fork", -15.0)])
+def test_it_may_start_processes_and_end_them(name, answer):
+    assert ask(rewards(name, timeout=30), ["end"]) == [answer]
+
+
+@pytest.mark.parametrize(("what", "told"), [("hang", "did not return within 1 s"), ("crash", "ended its process")])
+def test_what_it_has_started_ends_with_it(place, what, told):
+    own = rewards("fork", timeout=1)
+    with pytest.raises(RewardError, match=told):
+        ask(own, [what])
+    assert _is_gone(int((place / "fork.pid").read_text()))
+
+
+def _is_gone(pid):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -179,20 +225,21 @@ from lm_trust.lm.reward_process import RewardProcess
 if __name__ == "__main__":
     # A shell's background command begins with it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    odd = RewardProcess("own_process_rewards:odd", key="rewards[0]")
-    print(odd._idle.queue[0]._process.pid, flush=True)
-    odd(completions=["sleep"])
+    fork = RewardProcess("own_process_rewards:fork", key="rewards[0]")
+    print(fork._idle.queue[0]._process.pid, flush=True)
+    fork(completions=["hang"])
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_one_that_hangs_ends_with_the_program(place, how):
+def test_one_that_hangs_ends_with_the_program_and_so_does_what_it_has_started(place, how):
     (place / "hanging.py").write_text(HANGING)
     program = subprocess.Popen(
         [sys.executable, "hanging.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=place
     )
     pid = int(program.stdout.readline())
-    time.sleep(0.5)
+    while not (started := place / "fork.pid").exists() or not started.read_text():
+        time.sleep(0.05)
     program.send_signal(how)
     program.wait(20)
     program.stdout.close()
@@ -200,6 +247,7 @@ def test_one_that_hangs_ends_with_the_program(place, how):
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{pid}")
+    assert _is_gone(int(started.read_text()))
 
 
 def test_memory_without_a_process_is_refused(place):
