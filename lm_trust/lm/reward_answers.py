@@ -6,6 +6,7 @@ RewardError that names the reward and the first sample at fault.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -169,14 +170,18 @@ def required_columns(function: Reward) -> list[str]:
 
 
 def _given(function: Reward, samples: Samples, start: int, stop: int) -> dict[str, list]:
-    """The columns that it takes of samples start to stop. These are lists of its own: what it does to them stays there.
+    """The columns that it takes of samples start to stop, lists of its own: what it does to or in them stays there.
 
     A function with `**fields` takes all of them.
     """
     parameters = _parameters(function)
     named = {parameter.name for parameter in parameters} if parameters else {"prompts", "completions"}
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return {name: column[start:stop] for name, column in samples.items() if everything or name in named}
+    return {
+        name: [copy.deepcopy(value) if isinstance(value, dict | list) else value for value in column[start:stop]]
+        for name, column in samples.items()
+        if everything or name in named
+    }
 
 
 def _parameters(function: Reward) -> list[inspect.Parameter]:

@@ -261,7 +261,7 @@ def _ask_inside(part: _Part, samples: dict[str, list], tokens: list[list[str]] |
     elif tokens is None:
         raise ValueError("rewards of level token need the tokens' texts")
     else:
-        column = [list(texts) for texts in tokens]  # what the function does to them stays there
+        column = tokens
     counts = [len(each) for each in column]
     return part.question.number_lists({**samples, _LEVEL_COLUMNS[level][0]: column}, counts, level)
 

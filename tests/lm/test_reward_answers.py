@@ -45,6 +45,21 @@ def test_every_usual_container_of_numbers_is_taken(values):
     assert total.tolist() == [1.0, 0.0, 1.0] and total.dtype == torch.float64 and not total.requires_grad
 
 
+def test_what_a_reward_does_to_nested_columns_stays_with_the_call():
+    def counts(meta, words):
+        for one, other in zip(meta, words, strict=True):
+            one["calls"] = one.get("calls", 0) + 1
+            other.append("more")
+        return [one["calls"] + len(other) for one, other in zip(meta, words, strict=True)]
+
+    shared = {}  # samples of one prompt share its row
+    fields = {"meta": [shared, shared, {"deep": {}}], "words": [[], [], ["a"]]}
+    reward = WeightedRewards([(counts, 1.0), (counts, 1.0)])
+    for _ in range(2):
+        assert reward.score(PROMPTS, COMPLETIONS, fields).total.tolist() == [4.0, 4.0, 6.0]
+    assert fields == {"meta": [{}, {}, {"deep": {}}], "words": [[], [], ["a"]]}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_scores_may_lie_on_another_device():
