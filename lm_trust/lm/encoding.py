@@ -72,6 +72,15 @@ def encode(
     return prompts.select(good) if problems else prompts, [ids[index] for index in good]
 
 
+def cut(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, length: int) -> Prompts:
+    """The prompts as `encode` leaves them with truncate `length`.
+
+    Raises:
+        UserError: they are chats.
+    """
+    return _truncated(tokenizer, prompts, _ids(tokenizer, prompts), length)[0]
+
+
 @dataclass(frozen=True)
 class _Room:
     """How long a prompt may be, and of which tokens."""

@@ -68,28 +68,29 @@ def evaluation_record(
     policy: CausalPolicy,
     completions: Completions,
     scores: RewardScores,
-    rows: Tensor,
+    prompts: Tensor,
     prompt_texts: Sequence[str],
     completion_texts: Sequence[str],
 ) -> dict[str, Any]:
     """One side ("before" or "after") of evaluation.json; `samples` are all completions with their rewards.
 
-    Each part of the reward has its mean, `reward/NAME`, and its interval, `reward_interval/NAME`. What is given are the
-    completions of this process; the record is of those of all.
+    prompts: (B,) which prompt each belongs to, equal ones being the same. Each part of the reward has its mean,
+    `reward/NAME`, and its interval, `reward_interval/NAME`. What is given are the completions of this process; the
+    record is of those of all.
     """
     ids = [row[:length].tolist() for row, length in zip(completions.tokens, completions.lengths.tolist(), strict=True)]
     samples = [
         {"prompt": prompt, "completion": completion, "reward": score}
         for prompt, completion, score in zip(prompt_texts, completion_texts, scores.total.tolist(), strict=True)
     ]
-    rows, total = all_rows(rows), all_rows(scores.total)
+    prompts, total = all_rows(prompts), all_rows(scores.total)
     parts = {name: all_rows(part) for name, part in scores.parts.items()}
     return {
         "reward_mean": total.mean().item(),
-        "reward_interval": reward_interval(total, rows),
+        "reward_interval": reward_interval(total, prompts),
         "count": len(total),
         **{f"reward/{name}": part.mean().item() for name, part in parts.items()},
-        **{f"reward_interval/{name}": reward_interval(part, rows) for name, part in parts.items()},
+        **{f"reward_interval/{name}": reward_interval(part, prompts) for name, part in parts.items()},
         **divergence_and_perplexity(policy, completions),
         "distinct_2": distinct_2(list(chain(*gathered(ids)))),
         "completion_length": mean(completions.lengths),

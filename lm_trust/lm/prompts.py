@@ -77,6 +77,11 @@ class Prompts:
         chat = self.chat(index)
         return self.texts[index] if chat is None else json.dumps(chat, default=str)
 
+    def firsts(self) -> list[int]:
+        """For each prompt the index of the first that is the same."""
+        first: dict[str, int] = {}
+        return [first.setdefault(self.whole(index), index) for index in range(len(self))]
+
     def select(self, indices: Sequence[int] | Tensor) -> Prompts:
         """The prompts at the indices, repeats allowed, in their order."""
         indices = indices.tolist() if isinstance(indices, Tensor) else list(indices)
@@ -174,18 +179,22 @@ def _last_user_text(chat: Chat) -> str:
     return next(message["content"] for message in reversed(chat) if message["role"] == "user")
 
 
-def split_heldout(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts, Prompts]:
+def split_heldout(
+    prompts: Prompts, fraction: float, seed: int, *, seen: Prompts | None = None
+) -> tuple[Prompts, Prompts]:
     """(training, held out): a split by the seed alone, each side in the prompts' own order.
 
     Rows with the same prompt stay on one side, so that no held-out prompt was ever trained on.
 
     Args:
         fraction: of the distinct prompts that are held out, in (0, 1); at least one is.
+        seen: the prompts as the model will get them, where they are yet to be cut: these say which are the same.
 
     Raises:
         UserError: a side would be empty.
     """
-    whole = [prompts.whole(index) for index in range(len(prompts))]
+    seen = prompts if seen is None else seen
+    whole = [seen.whole(index) for index in range(len(prompts))]
     training, heldout = split_rows(whole, fraction, seed=seed, stream="lm.heldout")
     if not training or not heldout:
         raise UserError(

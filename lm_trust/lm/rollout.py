@@ -144,7 +144,8 @@ class LanguageTask:
 
         completions, scores = together(written)
         texts = self.heldout.prompts.select(rows).texts
-        return evaluation_record(policy, completions, scores, rows, texts, decode(self.tokenizer, completions))
+        same = torch.tensor(self.heldout.prompts.firsts())[rows]
+        return evaluation_record(policy, completions, scores, same, texts, decode(self.tokenizer, completions))
 
     def sample(
         self,

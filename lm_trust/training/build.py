@@ -227,6 +227,7 @@ def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
 
 def _prompts(config: LanguageConfig, bad: BadRows) -> tuple[Prompts, Prompts]:
     """(training, held out), not yet encoded."""
+    from lm_trust.lm.encoding import cut
     from lm_trust.lm.prompts import load_prompts, split_heldout
     from lm_trust.lm.reasoning import load_reasoning
 
@@ -236,7 +237,9 @@ def _prompts(config: LanguageConfig, bad: BadRows) -> tuple[Prompts, Prompts]:
     how = {"field": section.field, "chat": section.chat, "bad": bad}
     training = load_prompts(section.path, split=section.split, **how)
     if section.heldout is None:
-        return split_heldout(training, section.heldout_fraction, config.seed)
+        # Different texts may be the same once they are cut.
+        seen = None if section.truncate is None else cut(build_tokenizer(config)[0], training, section.truncate)
+        return split_heldout(training, section.heldout_fraction, config.seed, seen=seen)
     return training, load_prompts(section.heldout, heldout=True, **how)
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from lm_trust.core.batch import Batch, Rollout
+from lm_trust.lm.evaluation import reward_interval
 from lm_trust.lm.generation import eos_ids
 from lm_trust.lm.reward_scaling import RewardScaler
 from lm_trust.lm.rewards import RewardError, RewardPart
+from lm_trust.lm.rollout import PromptSet
 from lm_trust.lm.value_head import ValueHead
 from lm_trust.training.config_learning import Gae
 from lm_trust.training.critic import NoCritic, ValueCritic
@@ -175,6 +177,15 @@ def test_evaluation_repeats_itself_and_disturbs_nothing(make_policy, tokenizer, 
     assert task.steps == undisturbed.steps
     lm.move(policy, seed=5)
     assert task.evaluate(policy, 5)["samples"] != before["samples"]
+
+
+def test_equal_prompts_are_one_observation_of_an_evaluation(make_policy, tokenizer, lm):
+    task = lm.task(tokenizer)
+    rows = [0, 1, 0]
+    task.heldout = PromptSet(task.heldout.prompts.select(rows), [task.heldout.ids[row] for row in rows])
+    record = task.evaluate(make_policy(), 6)
+    scores = torch.tensor([sample["reward"] for sample in record["samples"]], dtype=torch.float64)
+    assert record["reward_interval"] == reward_interval(scores, torch.tensor(rows * 2))
 
 
 def test_every_end_of_the_model_and_the_tokenizer_counts(make_policy, tokenizer, lm):

@@ -159,6 +159,15 @@ def test_generate_puts_a_problem_into_the_runs_templates(write, sampled):
     assert task.tokenizer.decode(sampled[0]) == "we saw the film is but it"
 
 
+def test_no_held_out_prompt_is_trained_on_where_prompts_are_cut(write, tmp_path):
+    rows = [{"prompt": f"{start} {' '.join(['very'] * number)} film"} for start in ("the", "a") for number in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"path": "p.jsonl", "truncate": 3, "heldout_fraction": 0.4}
+    task = task_of(write(model={"path": "plain"}, prompts=prompts))
+    assert not set(task.training.prompts.texts) & set(task.heldout.prompts.texts)
+    assert sorted(task.training.prompts.numbers + task.heldout.prompts.numbers) == list(range(1, len(rows) + 1))
+
+
 def test_a_model_without_a_template_is_refused_before_it_is_loaded(write, capsys):
     path = write(
         model={"path": "plain"}, prompts={"path": "p.jsonl", "chat": True, "heldout": "p.jsonl", "on_bad_row": "skip"}
