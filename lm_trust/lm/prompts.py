@@ -182,7 +182,7 @@ def _last_user_text(chat: Chat) -> str:
 def split_heldout(
     prompts: Prompts, fraction: float, seed: int, *, seen: Prompts | None = None
 ) -> tuple[Prompts, Prompts]:
-    """(training, held out): a split by the seed alone, each side in the prompts' own order.
+    """(training, held out): a split by the seed alone, training prompts in their own order and held-out ones in none.
 
     Rows with the same prompt stay on one side, so that no held-out prompt was ever trained on.
 

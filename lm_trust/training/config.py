@@ -47,7 +47,7 @@ from lm_trust.training.config_rewards import Rewards, RewardScaling
 
 class Evaluation(Section):
     every: Count = Field(10, description="iterations between evaluations; 0: only at the end")
-    count: Positive = Field(64, description="completions of held-out prompts, in turn")
+    count: Positive = Field(64, description="completions of held-out prompts, in turn; of a held-out file its first")
 
 
 class ControlEvaluation(Section):

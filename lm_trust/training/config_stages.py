@@ -68,7 +68,7 @@ class RewardTraining(StageTraining):
 
 class StageEvaluation(Section):
     every: Count = Field(0, description="updates between held-out evaluations; 0: before and at the end only")
-    count: Positive = Field(256, description="most held-out rows")
+    count: Positive = Field(256, description="most held-out rows; of a held-out file its first")
 
 
 class SftConfig(Section):

@@ -189,8 +189,9 @@ def test_no_held_out_text_is_trained_on_and_no_row_is_lost(texts, fraction, seed
     assert not set(training.texts) & set(held_out.texts)
     rows = training.fields["row"] + held_out.fields["row"]
     assert sorted(rows) == list(range(len(texts)))
+    assert training.fields["row"] == sorted(training.fields["row"])
     for side in (training, held_out):
-        assert side.fields["row"] == sorted(side.fields["row"]) == [number - 1 for number in side.numbers]
+        assert side.fields["row"] == [number - 1 for number in side.numbers]
         assert side.texts == [texts[row] for row in side.fields["row"]]
 
 
@@ -202,6 +203,12 @@ def test_the_split_is_the_seeds_alone():
     torch.rand(5)
     assert split_heldout(prompts, 0.2, 3)[1].texts == first and len(first) == 20
     assert split_heldout(prompts, 0.2, 4)[1].texts != first
+
+
+def test_the_first_held_out_prompts_of_sorted_ones_are_of_every_kind():
+    prompts = made((f"p{index}" for index in range(200)), {"label": [0] * 100 + [1] * 100})
+    labels = split_heldout(prompts, 0.2, 3)[1].fields["label"]
+    assert 0.25 < sum(labels[:12]) / 12 < 0.75 and sum(labels) > 12
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0, float("nan"), 0.99])

@@ -179,6 +179,13 @@ def test_a_small_share_of_a_few_rows_is_one_of_them(tmp_path):
     assert (len(training), len(heldout)) == (3, 1)
 
 
+def test_the_first_held_out_rows_of_sorted_ones_are_of_every_kind(tmp_path):
+    section = TextData(path=write(tmp_path, [{"text": f"row {n}"} for n in range(200)]), heldout_fraction=0.2)
+    training, heldout = load_texts(section, PLAIN, 0)
+    assert training.numbers == sorted(training.numbers)
+    assert 3 < sum(number > 100 for number in heldout.numbers[:12]) < 9
+
+
 def test_held_out_rows_of_their_own(tmp_path):
     heldout = write(tmp_path, [{"text": "c"}], "heldout.jsonl")
     section = TextData(path=write(tmp_path, [{"text": "a"}, {"text": "b"}]), heldout=heldout)
