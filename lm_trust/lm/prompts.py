@@ -122,15 +122,16 @@ def load_prompts(
         chat: make a text a user's message.
         bad: takes the malformed rows: bad JSON, no such field, neither a text nor messages, nothing in it; without it
             the first one is an error.
-        heldout: of a dataset with several splits take `test`.
+        heldout: they are the held-out ones, of a dataset with several splits by default those of `test`.
 
     Raises:
         UserError: a file cannot be read, or a row is bad; names file, line and field.
     """
     if heldout:
-        file = read_rows(path, key="prompts.heldout", usual_split="test")
+        names = {"key": "prompts.heldout", "split_key": "prompts.heldout_split", "usual_split": "test"}
     else:
-        file = read_rows(path, split=split, split_key="prompts.split")
+        names = {"split_key": "prompts.split"}
+    file = read_rows(path, split=split, **names)
     texts: list[str] = []
     fields: dict[str, list] = {}
     numbers: list[int] = []

@@ -141,7 +141,8 @@ def _load(
         what = "prompts (or pairs without one)" if isinstance(section, PairData) else "rows"
         training, heldout = _split(training, identities, section.heldout_fraction, seed, what)
     else:
-        heldout, _ = read(section.heldout, key="data.heldout", usual_split="test")
+        names = {"key": "data.heldout", "split_key": "data.heldout_split", "usual_split": "test"}
+        heldout, _ = read(section.heldout, split=section.heldout_split, **names)
     bad.print_report()
     return training, heldout
 

@@ -240,7 +240,7 @@ def _prompts(config: LanguageConfig, bad: BadRows) -> tuple[Prompts, Prompts]:
         # Different texts may be the same once they are cut.
         seen = None if section.truncate is None else cut(build_tokenizer(config)[0], training, section.truncate)
         return split_heldout(training, section.heldout_fraction, config.seed, seen=seen)
-    return training, load_prompts(section.heldout, heldout=True, **how)
+    return training, load_prompts(section.heldout, split=section.heldout_split, heldout=True, **how)
 
 
 def _control_world(config: ControlConfig) -> World:

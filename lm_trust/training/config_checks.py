@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lm_trust.training.config_language import Lora
-from lm_trust.training.config_learning import GROUPED
+from lm_trust.training.config_learning import GROUPED, Section
 from lm_trust.training.config_rewards import FunctionReward
 from lm_trust.training.penalty import LARGEST_ERROR
 
@@ -28,6 +28,7 @@ def language_problems(config: LanguageConfig) -> Problems:
     size = config.rollout.batch_size
     problems = _critic_problems(config.advantage.kind, config.critic.kind)
     problems += _rollout_problems(config)
+    problems += heldout_problems(config.prompts, "prompts")
     problems += _model_problems(config)
     problems += _reward_problems(config)
     problems += _fisher_problems(config)
@@ -56,6 +57,13 @@ def control_problems(config: ControlConfig) -> Problems:
 def discount(config: Config) -> float:
     """The discount a step; 1 for advantages of whole completions."""
     return getattr(config.advantage, "gamma", 1.0)
+
+
+def heldout_problems(section: Section, key: str) -> Problems:
+    """What is wrong with the held-out side of a section of prompts or rows."""
+    if getattr(section, "heldout_split", None) is None or section.heldout is not None:
+        return []
+    return [(f"{key}.heldout_split", f"has no effect without {key}.heldout; name the dataset there, or leave it out")]
 
 
 def _critic_problems(advantage: str, critic: str) -> Problems:

@@ -39,7 +39,8 @@ class PromptFile(Section):
     kind: Literal["file"] = "file"
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
-    heldout: Name | None = Field(None, description="held-out prompts, likewise or split test; null: a share of path")
+    heldout: Name | None = Field(None, description="held-out prompts, likewise; null: a share of path")
+    heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     field: Name = Field("prompt", description="field of the prompt: a text, or a list of chat messages")
     chat: bool = Field(False, description="a text becomes a user's message in the model's chat template")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lm_trust.training.config_checks import ConfigError
+from lm_trust.training.config_checks import ConfigError, heldout_problems
 from lm_trust.training.config_language import Lora
 from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Seed
 
@@ -25,6 +25,7 @@ class TextData(Section):
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
     heldout: Name | None = Field(None, description="the held-out rows, likewise; null: a share of path")
+    heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
     field: Name | None = Field(
         None, description="field of a text or of chat messages; null: messages, prompt and completion, or text"
@@ -38,6 +39,7 @@ class PairData(Section):
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
     heldout: Name | None = Field(None, description="the held-out rows, likewise; null: a share of path")
+    heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row ends the run, or is left out")
 
@@ -105,6 +107,8 @@ StageConfig = SftConfig | RewardModelConfig
 
 
 def _checked(config: StageConfig) -> StageConfig:
+    if problems := heldout_problems(config.data, "data"):
+        raise ConfigError(problems)
     training = config.training
     if training.batch_size % (training.microbatch_size or training.batch_size):
         raise ConfigError(

@@ -69,6 +69,10 @@ def test_the_split_of_a_dataset(tmp_path):
     assert load_prompts(tmp_path / "d").texts == ["train"]
     assert load_prompts(tmp_path / "d", split="other").texts == ["other"]
     assert load_prompts(tmp_path / "d", heldout=True).texts == ["test"]
+    assert load_prompts(tmp_path / "d", heldout=True, split="other").texts == ["other"]
+    datasets.DatasetDict({"a": sides["train"], "b": sides["test"]}).save_to_disk(tmp_path / "unusual")
+    with pytest.raises(UserError, match=r"none named 'test'; set prompts\.heldout_split to one of 'a', 'b'"):
+        load_prompts(tmp_path / "unusual", heldout=True)
     with pytest.raises(UserError, match=r"set prompts\.split to one of"):
         load_prompts(tmp_path / "d", split="tset")
     with pytest.raises(UserError, match=r"prompts\.heldout: .*no such file"):

@@ -191,3 +191,15 @@ def test_held_out_rows_of_their_own(tmp_path):
     section = TextData(path=write(tmp_path, [{"text": "a"}, {"text": "b"}]), heldout=heldout)
     training, held_out = load_texts(section, PLAIN, 0)
     assert (len(training), held_out.rows) == (2, [{"text": "c"}])
+
+
+def test_held_out_rows_of_a_named_split(tmp_path):
+    import datasets
+
+    sides = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train_sft", "test_sft")}
+    datasets.DatasetDict(sides).save_to_disk(tmp_path / "d")
+    names = {"path": str(tmp_path / "d"), "split": "train_sft", "heldout": str(tmp_path / "d")}
+    training, heldout = load_texts(TextData(**names, heldout_split="test_sft"), PLAIN, 0)
+    assert (training.rows, heldout.rows) == ([{"text": "train_sft"}], [{"text": "test_sft"}])
+    with pytest.raises(UserError, match=r"none named 'test'; set data\.heldout_split to one of"):
+        load_texts(TextData(**names), PLAIN, 0)

@@ -59,6 +59,11 @@ def test_the_pipelines_configs_are_whole(name, root):
             ("training.microbatch_size", "5"),
             "command line: training.microbatch_size: must divide training.batch_size (16), got 5",
         ),
+        (
+            ("data.heldout_split", "test_sft"),
+            "command line: data.heldout_split: has no effect without data.heldout; name the dataset there, or leave it "
+            "out",
+        ),
         (("data.path", "dato.jsonl"), "command line: data.path: no such file: dato.jsonl; did you mean data.jsonl?"),
         (("data.heldout", "no.jsonl"), "command line: data.heldout: no such file: no.jsonl"),
         (("model.path", "./no"), "command line: model.path: no such folder: ./no"),
