@@ -207,7 +207,7 @@ def run_stage(
     with folder.writing(folder.learning_curve.name):
         stage_curve(folder.metrics(), evaluations, folder.learning_curve, panels, title=folder.path.name)
     print_stage({"before": before, "after": after}, console, rows)
-    console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True)
     return 0
 
 

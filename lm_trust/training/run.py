@@ -94,7 +94,7 @@ def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
                 _save(config, world, folder)
                 console.print(
                     f"{interruption.signal.name}: stopped after iteration {trainer.iteration} of {trainer.iterations}. "
-                    f"Go on with: lm-trust train --resume {folder.path}",
+                    f"Go on with: lm-trust train --resume {config.output}",
                     highlight=False,
                     soft_wrap=True,
                 )
@@ -242,7 +242,7 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder 
         write_cards(config, world.policy_name, folder)
     print_summary(folder.evaluation(), console, world=world.kind)
     film_iteration(config, world, folder.path)
-    console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True)
 
 
 def _save(config: Config, world: World, folder: RunFolder) -> None:

@@ -31,12 +31,15 @@ class RunFolder:
     Args:
         path: the folder; made where it does not exist.
 
+    Attributes:
+        path: the folder, absolute.
+
     Raises:
         UserError: it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()  # a reward or an environment may leave the working directory
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

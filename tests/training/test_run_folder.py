@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from killed_runs import CONTROL, write_config
@@ -30,6 +31,14 @@ def held(tmp_path):
         assert holder.stdout.readline() == "held\n"
         yield folder, holder
         holder.kill()
+
+
+def test_a_relative_folder_stays_where_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(Path("run"))
+    monkeypatch.chdir("/")
+    folder.write_config("seed: 1\n")
+    assert (tmp_path / "run" / "config.yaml").is_file()
 
 
 def test_a_run_does_not_write_where_another_does(held, tmp_path, capsys):
