@@ -99,9 +99,12 @@ def _started(function: Reward, given: Mapping[str, Any]) -> Future[Outcome]:
 
 def _called(function: Reward, given: Mapping[str, Any]) -> Outcome:
     try:
-        return Outcome(function(**given))
+        value = function(**given)
     except BaseException as error:  # told apart in the thread that waits for it
         return Outcome(error=error)
+    if inspect.isawaitable(value):  # of an async function within a plain one, as decorators make them
+        return asyncio.run_coroutine_threadsafe(_awaited(lambda: value, {}), _event_loop()).result()
+    return Outcome(value)
 
 
 async def _awaited(function: Reward, given: Mapping[str, Any]) -> Outcome:

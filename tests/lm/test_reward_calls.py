@@ -1,6 +1,7 @@
 """Calls of a reward function: sync and async, several at once, within their time, and nothing left hanging."""
 
 import asyncio
+import functools
 import threading
 import time
 
@@ -85,6 +86,27 @@ def test_a_callable_object_may_be_async():
             return [1.0] * len(completions)
 
     assert score(Judge()).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"timeout": 30.0}, {"parallel": 3}], ids=str)
+def test_an_async_function_may_be_wrapped_in_a_plain_one(settings):
+    wrapped = timed(Busy(), True)
+
+    @functools.wraps(wrapped)
+    def plain(*given, **named):
+        return wrapped(*given, **named)
+
+    assert score(plain, **settings).tolist() == LENGTHS
+
+
+def test_an_error_within_a_wrapped_async_function_is_the_rewards():
+    async def failing(completions):
+        raise ValueError("no judge")
+
+    with pytest.raises(RewardError, match="raised ValueError: no judge"):
+        score(lambda completions: failing(completions))
+    with pytest.raises(RewardError, match=r"did not return within 0\.1 s"):
+        score(lambda completions: asyncio.sleep(20), timeout=0.1)
 
 
 def test_what_an_async_function_keeps_stays_usable():
