@@ -29,9 +29,10 @@ def leaves(section: Mapping[str, object], at: str = "") -> dict[str, object]:
 
 
 def differing_keys(one: Mapping[str, object], other: Mapping[str, object], may_differ: Sequence[str] = ()) -> list[str]:
-    """The dotted keys in which two flat mappings differ, without those that begin with one of `may_differ`."""
+    """The dotted keys in which two flat mappings differ, without those of `may_differ`: "a." is all that is below a."""
+    below = tuple(key for key in may_differ if key.endswith("."))
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-    return [key for key in keys if not key.startswith(tuple(may_differ))]
+    return [key for key in keys if key not in may_differ and not key.startswith(below)]
 
 
 def course(config: Mapping[str, object], may_differ_in_rewards: Sequence[str]) -> dict[str, object]:
