@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -133,11 +134,12 @@ def _language_world(config: LanguageConfig) -> World:
     engine = load_engine(rollout.engine)
     rewards = build_rewards(config.rewards, device=_device())
     bad = BadRows(getattr(config.prompts, "on_bad_row", "error"))
-    training, heldout = _prompts(config, bad)
+    of_model = cache(lambda: build_tokenizer(config))
+    training, heldout = _prompts(config, bad, lambda: of_model()[0])
     rewards.check_columns(training.fields)
     rewards.check_columns(heldout.fields)
 
-    tokenizer, context, vocabulary = build_tokenizer(config)
+    tokenizer, context, vocabulary = of_model()
     if config.critic.kind == "model" and config.critic.path is not None:
         trusted = config.model.trust_remote_code
         context = common_context(config.critic.path, tokenizer, context, trust_remote_code=trusted)
@@ -225,8 +227,10 @@ def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
     )
 
 
-def _prompts(config: LanguageConfig, bad: BadRows) -> tuple[Prompts, Prompts]:
-    """(training, held out), not yet encoded."""
+def _prompts(
+    config: LanguageConfig, bad: BadRows, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> tuple[Prompts, Prompts]:
+    """(training, held out), not yet encoded; the tokenizer is asked for where cut prompts are split."""
     from lm_trust.lm.encoding import cut
     from lm_trust.lm.prompts import load_prompts, split_heldout
     from lm_trust.lm.reasoning import load_reasoning
@@ -238,7 +242,7 @@ def _prompts(config: LanguageConfig, bad: BadRows) -> tuple[Prompts, Prompts]:
     training = load_prompts(section.path, split=section.split, **how)
     if section.heldout is None:
         # Different texts may be the same once they are cut.
-        seen = None if section.truncate is None else cut(build_tokenizer(config)[0], training, section.truncate)
+        seen = None if section.truncate is None else cut(tokenizer(), training, section.truncate)
         return split_heldout(training, section.heldout_fraction, config.seed, seen=seen)
     return training, load_prompts(section.heldout, split=section.heldout_split, heldout=True, **how)
 

@@ -181,7 +181,7 @@ def test_a_model_without_a_template_is_refused_before_it_is_loaded(write, capsys
 def test_the_sums_that_ship_hold_out_problems_never_trained_on(rule):
     pytest.importorskip("reasoning_gym")
     config = load_config(str(CONFIGS / f"chain_sum_{rule}.yaml"))
-    training, heldout = _prompts(config, BadRows())
+    training, heldout = _prompts(config, BadRows(), lambda: None)
     assert config.evaluation.count == 3 * len(heldout) >= 200  # each problem is asked three times
     assert len(training) == config.prompts.count
     assert not set(training.texts) & set(heldout.texts)
