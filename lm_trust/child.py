@@ -19,6 +19,7 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 from lm_trust.errors import UserError
+from lm_trust.forks import first_in_forks
 
 
 class ChildDied(RuntimeError):  # noqa: N818 - it says what happened
@@ -116,6 +117,7 @@ def _serve(target: Any, connection: Connection, parents_end: Connection | None) 
     if parents_end is None:
         if hasattr(os, "setsid"):
             os.setsid()  # by it the end of this process is that of all that it has started
+        multiprocessing.set_start_method(None, force=True)  # the target's processes start as anywhere, not as this one
         _end_with_parent()
     else:
         parents_end.close()
@@ -129,8 +131,7 @@ def _serve(target: Any, connection: Connection, parents_end: Connection | None) 
         connection.close()  # held open it would hide from the parent that this process is gone
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever made the fork ends it so and waits for that
 
-    if hasattr(os, "register_at_fork"):  # where there are forks
-        os.register_at_fork(after_in_child=leave)
+    first_in_forks(leave)
     with suppress(EOFError, OSError):  # the parent is gone
         while (request := pickle.loads(connection.recv_bytes())) is not None:
             method, given = request

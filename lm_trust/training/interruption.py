@@ -6,12 +6,12 @@ itself, so that there a second one asks for no more than the first; a process th
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType, TracebackType
 
 from lm_trust.core.processes import gathered, process_count
+from lm_trust.forks import first_in_forks
 
 
 class Interruption:
@@ -43,8 +43,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
-            if hasattr(os, "register_at_fork"):  # where there are forks
-                os.register_at_fork(after_in_child=lambda: self._restore(signal.SIGTERM))
+            first_in_forks(lambda: self._restore(signal.SIGTERM))
         return self
 
     def __exit__(

@@ -1,5 +1,6 @@
 """Rewards in processes of their own: whatever they do, it is one plain line here, and the next call is answered."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -80,6 +81,9 @@ def fork(completions):
         slept.terminate()
     slept.join()
     return [float(slept.exitcode)] * len(completions)
+
+def default_start(completions):
+    return [float(multiprocessing.get_start_method() == completions[0])]
 
 class OddError(Exception):
     pass
@@ -182,6 +186,10 @@ def _children_that_run_on():
 @pytest.mark.parametrize(("name", "answer"), [("pool", 3.0), ("program", -15.0), ("fork", -15.0)])
 def test_it_may_start_processes_and_end_them(name, answer):
     assert ask(rewards(name, timeout=30), ["end"]) == [answer]
+
+
+def test_its_processes_start_as_they_would_here():
+    assert ask(rewards("default_start"), [multiprocessing.get_start_method()]) == [1.0]
 
 
 @pytest.mark.parametrize(("what", "told"), [("hang", "did not return within 1 s"), ("crash", "ended its process")])
