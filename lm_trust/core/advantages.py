@@ -6,6 +6,8 @@ value is zero), `truncated` an outside limit (the value of the state it stopped 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -117,8 +119,8 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     """x shifted and scaled to mean 0 and standard deviation 1 over True entries; masked entries become 0.
 
-    Finite for one valid item or zero variance (both give zeros); NaN where a valid item is not finite. Over the entries
-    of all processes, each of which gives its own.
+    Finite for one valid item or zero variance (both give zeros), zero being whatever the rounding of such numbers may
+    be; NaN where a valid item is not finite. Over the entries of all processes, each of which gives its own.
 
     Raises:
         ValueError: x and mask are not of one shape.
@@ -128,8 +130,12 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     valid = torch.where(mask, x, 0.0)
     count = summed(mask.sum())
     centred = torch.where(mask, valid - summed(valid.sum()) / count.clamp_min(1), 0.0)
+    magnitude = largest(valid.abs().amax() if valid.numel() else valid.sum())
+    # By a power of two, which costs no digit, to a size at which squares fit.
+    size = 2.0 ** -min(max(math.frexp(magnitude.item())[1], -100), 100)
+    centred = centred * size
     deviation = (summed(centred.square().sum()) / (count - 1).clamp_min(1)).sqrt()
-    white = _divide_by_deviation(centred, deviation, largest(valid.abs().amax()))
+    white = _divide_by_deviation(centred, deviation, magnitude * size)
     return torch.where(mask, white, 0.0)
 
 
@@ -139,8 +145,11 @@ def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
         return x
     total = torch.zeros_like(x[..., 0])
     columns = []
-    for value, factor in zip(reversed(x.unbind(-1)), reversed(carry.unbind(-1)), strict=True):
-        total = value + factor * total
+    cut = carry == 0
+    for value, factor, ends in zip(
+        reversed(x.unbind(-1)), reversed(carry.unbind(-1)), reversed(cut.unbind(-1)), strict=True
+    ):
+        total = value + torch.where(ends, 0.0, factor * total)  # what is no number would pass through a zero
         columns.append(total)
     return torch.stack(columns[::-1], dim=-1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_trust.core.distributions import Distribution
+from lm_trust.core.shapes import require_a_step_each
 
 
 @dataclass
@@ -63,6 +64,9 @@ class Batch:
         mask: like old_log_prob, True (or 1) at real actions, held as bool; None where every step is real.
         reference: the reference policy's distribution, where there is one.
         progress: fraction of the training done, 0 to 1, for schedules.
+
+    Raises:
+        ValueError: shapes that do not belong together.
     """
 
     observations: Any
@@ -77,6 +81,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.mask is not None:  # a tokenizer's is of integers, which would select rows
             self.mask = self.mask.bool()
+        masked = {} if self.mask is None else {"mask": self.mask}
+        require_a_step_each(self.actions, advantages=self.advantages, old_log_prob=self.old_log_prob, **masked)
 
     def __len__(self) -> int:
         return len(self.actions)

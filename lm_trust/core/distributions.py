@@ -69,8 +69,12 @@ class Categorical:
     @property
     def log_probs(self) -> Tensor:
         """(B, T, V) normalised log-probabilities."""
-        if self._log_probs is None:
-            self._log_probs = torch.log_softmax(self.logits, dim=-1)
+        made = self._log_probs
+        # What was made without a graph, while sampling, has no gradient to give.
+        if made is None or (torch.is_grad_enabled() and self.logits.requires_grad and not made.requires_grad):
+            # Half precision has too few digits for a step's KL: all of it may round to zero.
+            precise = torch.promote_types(self.logits.dtype, torch.float32)
+            self._log_probs = torch.log_softmax(self.logits, dim=-1, dtype=precise)
         return self._log_probs
 
     def log_prob(self, actions: Tensor) -> Tensor:
@@ -200,7 +204,7 @@ class DiagonalGaussian:
         log_std: broadcastable to mean; a state-independent (A,) vector is the usual case.
 
     Raises:
-        ValueError: from `log_prob` and `score`, actions without an axis of A.
+        ValueError: from `log_prob` and `score`, actions that are not of the mean's shape.
     """
 
     def __init__(self, mean: Tensor, log_std: Tensor) -> None:
@@ -264,7 +268,7 @@ class DiagonalGaussian:
 
     def _deviation(self, actions: Tensor) -> Tensor:
         # (N,) actions of one dimension beside (N, 1) means would broadcast to N x N without a word.
-        if actions.shape[-1:] != self.mean.shape[-1:]:
+        if actions.shape != self.mean.shape:
             given, wanted = tuple(actions.shape), tuple(self.mean.shape)
             raise ValueError(f"actions of shape {given} for means of shape {wanted}: the last axis is the action's")
         return actions - self.mean

@@ -32,7 +32,7 @@ from lm_trust.core.linearisation import (
 from lm_trust.core.parameters import assign, flatten, trainable_parameters, unflatten
 from lm_trust.core.passes import is_sharded, passes
 from lm_trust.core.processes import placed_rows, summed
-from lm_trust.core.shapes import require_same_shape
+from lm_trust.core.shapes import require_a_row_each, require_same_shape
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
 
@@ -42,7 +42,8 @@ Product = Callable[[Tensor], Tensor]
 class FisherOperator:
     """v -> (F + damping I) v over the policy's P trainable parameters.
 
-    Where the run is spread over processes, F is of the rows of all of them, and each is given its own, if any.
+    It may keep what it computed at theta_old: once the policy has moved, make a new one. Where the run is spread over
+    processes, F is of the rows of all of them, and each is given its own, if any.
 
     Args:
         policy: a module with `distribution(observations)`.
@@ -57,8 +58,8 @@ class FisherOperator:
             rows, and rebuilt for each otherwise, so that memory does not grow with B.
 
     Raises:
-        ValueError: an unknown method, one that a sharded policy cannot serve, or a policy without trainable parameters;
-            from a product, a mask that is not of the steps' shape.
+        ValueError: an unknown method, one that a sharded policy cannot serve, a policy without trainable parameters or
+            a mask of other rows; from a product, a mask that is not of the steps' shape.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class FisherOperator:
         self._policy = policy
         self._parameters = trainable_parameters(policy)
         self._observations = observations
+        if mask is not None:
+            require_a_row_each(observations, mask=mask)
         self._mask = mask = None if mask is None else mask.bool()
         # Of all processes: rows where every step counts, steps otherwise.
         self._count = placed_rows(len(observations)).total if mask is None else summed(mask.sum()).clamp_min(1)

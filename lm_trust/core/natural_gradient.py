@@ -67,16 +67,20 @@ def natural_gradient(
         none, the reason.
 
     Raises:
-        ValueError: fewer than 1 cg_iterations.
+        ValueError: fewer than 1 cg_iterations, a fisher_fraction outside of (0, 1] or a negative damping.
     """
     if cg_iterations < 1:
         raise ValueError(f"cg_iterations must be 1 or more, got {cg_iterations}")
+    if not 0 < fisher_fraction <= 1:
+        raise ValueError(f"fisher_fraction must be more than 0 and at most 1, got {fisher_fraction}")
+    if not damping >= 0:
+        raise ValueError(f"damping must be 0 or more, got {damping}")
     rows: RowIndex = slice(None)
     if fisher_fraction < 1:
         rows = objective.placed.own(spread_rows(objective.placed.total, fisher_fraction))
     shared = rows if _can_share(objective.policy, fisher_method, len(objective.mask[rows]), microbatch_size) else None
     gradient, fisher_method = _gradient(objective, list(parameters), shared, fisher_method)
-    gradient_norm = gradient.norm().item()
+    gradient_norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()  # squares may not fit into less
     known = {} if objective.reference_kl is None else {"reference_kl_after": objective.reference_kl}
     largest = gradient.abs().max()
     if not torch.isfinite(largest):

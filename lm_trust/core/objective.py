@@ -20,7 +20,7 @@ from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_a
 from lm_trust.core.parameters import flatten
 from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, placed_rows, summed
-from lm_trust.core.shapes import require_same_shape
+from lm_trust.core.shapes import require_a_row_each, require_a_step_each
 from lm_trust.core.surrogate import ratio
 
 RowIndex = slice | Tensor  # of a batch: a range, or indices
@@ -110,7 +110,8 @@ class SurrogateObjective:
             raise ValueError("a weight or a bound of the reference KL needs a reference distribution in the batch")
         self.policy = policy
         self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
-        require_same_shape(advantages=advantages, mask=self.mask)
+        require_a_step_each(actions, advantages=advantages, mask=self.mask)
+        require_a_row_each(observations, actions=actions)
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None
         self.linearisation: Linearisation | None = None
@@ -133,7 +134,7 @@ class SurrogateObjective:
     @property
     def steps_per_row(self) -> float:
         """Mean number of valid steps in a row: what a mean over steps is multiplied by to be one a row."""
-        return self._valid.count.item() / self.placed.total
+        return self._valid.count.item() / max(self.placed.total, 1)
 
     @torch.no_grad()
     def start_from(self, old: Distribution) -> None:
@@ -258,7 +259,7 @@ class SurrogateObjective:
 
 def _possible(actions: Tensor, mask: Tensor) -> Tensor:
     """The actions with a real one where masked, as a distribution may fail on what stands there: a label of -100."""
-    if actions.shape[: mask.ndim] != mask.shape or mask.all():
+    if mask.all():
         return actions
     some = actions[mask][:1].sum(0)  # of none: 0
     return torch.where(mask.view(*mask.shape, *[1] * (actions.ndim - mask.ndim)), actions, some)

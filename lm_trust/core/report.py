@@ -11,7 +11,7 @@ class StepReport:
     """The certificate of one update.
 
     Attributes:
-        accepted: whether the parameters moved.
+        accepted: whether the step was kept.
         reason: "accepted", or why not: "zero_gradient", "non_finite", "negative_curvature", "kl_exceeded",
             "budget_exceeded", "no_improvement".
         step_kl: mean exact KL(old || new) over valid steps, nats per step; 0.0 after a rejection.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -15,6 +17,33 @@ def require_same_shape(**tensors: Tensor) -> None:
     if any(shape != shapes[0] for shape in shapes):
         given = _listed([str(tuple(shape)) for shape in shapes])
         raise ValueError(f"{_listed(list(tensors))} of shapes {given}: one of each a step")
+
+
+def require_a_row_each(observations: Any, **tensors: Tensor) -> None:
+    """Check that observations have the rows of the tensors. Of other kinds than a tensor nobody knows what len counts.
+
+    Raises:
+        ValueError: they have not; it names the tensors and the numbers.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(observations, Tensor) and len(observations) != len(tensor):
+            raise ValueError(
+                f"observations and {name} of {len(observations)} and {len(tensor)} rows: one of each a row"
+            )
+
+
+def require_a_step_each(actions: Tensor, **tensors: Tensor) -> None:
+    """Check that the tensors are of one shape and that there is an action, of any shape, for each of their elements.
+
+    Raises:
+        ValueError: they are not, or there is not; it names them and their shapes.
+    """
+    require_same_shape(**tensors)
+    name, steps = next(iter(tensors.items()))
+    if actions.shape[: steps.ndim] != steps.shape:
+        raise ValueError(
+            f"actions and {name} of shapes {tuple(actions.shape)} and {tuple(steps.shape)}: one of each a step"
+        )
 
 
 def _listed(words: list[str]) -> str:

@@ -10,6 +10,7 @@ optimisation (Achiam et al. 2017), and the line search checks both.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ def trust_region_step(
 
     Raises:
         ValueError: a max_kl that is negative or not finite, fewer than 1 cg_iterations, a backtrack_ratio outside of
-            (0, 1) or negative max_backtracks; a reference_loss or a budget without a reference; a holdout that leaves
-            no row on one side; or shapes of actions, advantages and mask that do not belong together.
+            (0, 1), a fisher_fraction outside of (0, 1], a negative damping or negative max_backtracks, a budget that is
+            not positive; a reference_loss or a budget without a reference; a holdout that leaves no row on one side;
+            or shapes of observations, actions, advantages and mask that do not belong together.
         TypeError: the policy's distribution lacks some of what `Distribution` names.
     """
     if not 0 <= max_kl < math.inf:  # 0 is what an annealed bound comes to
@@ -92,6 +94,8 @@ def trust_region_step(
         raise ValueError(f"backtrack_ratio must be between 0 and 1, got {backtrack_ratio}")
     if max_backtracks < 0:
         raise ValueError(f"max_backtracks must be 0 or more, got {max_backtracks}")
+    if reference_budget is not None and not reference_budget > 0:
+        raise ValueError(f"reference_budget must be more than 0, got {reference_budget}")
     parameters = trainable_parameters(policy)
     objective = SurrogateObjective(
         policy,
@@ -129,6 +133,9 @@ def trust_region_step(
         report.cg_iterations += bounded.cg_iterations
         report.metrics["constraint"] = bounded.case
     if not torch.isfinite(full_step).all():
+        return report
+    if not full_step.any():  # of a bound of zero: candidates would be told from theta_old by rounding alone
+        report.reason = "no_improvement"
         return report
     full_gain = direction.gradient.dot(full_step).item()
     return line_search(
@@ -192,7 +199,8 @@ def line_search(
             elif found.step_kl > max_kl:
                 report.reason = "kl_exceeded"
                 # KL grows with the square of the step: fractions that this rules out are not worth a pass each.
-                further = max(1, math.floor(math.log(max_kl / found.step_kl) / (2 * math.log(backtrack_ratio))))
+                share = max(max_kl / found.step_kl, sys.float_info.min)
+                further = max(1, math.floor(math.log(share) / (2 * math.log(backtrack_ratio))))
                 # It may grow faster than that: the last fraction is tried before giving up.
                 further = min(further, max(1, max_backtracks - backtracks))
             elif found.reference_kl is not None and found.reference_kl > reference_limit:

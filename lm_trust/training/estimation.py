@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lm_trust.core.advantages import gae, group_relative, leave_one_out, masked_whiten
@@ -22,6 +23,7 @@ def estimate_advantages(
         rewards: (B, T), any penalty already taken off.
         values, next_values: (B, T), zeros without a critic.
     """
+    rewards = torch.where(rollout.mask, rewards, 0.0)
     if isinstance(config, Gae | ReturnsToGo):
         advantages, returns = gae(
             rewards,
@@ -34,7 +36,7 @@ def estimate_advantages(
             lam=config.lam if isinstance(config, Gae) else 1.0,
         )
     else:
-        scores = (rewards * rollout.mask).sum(-1)
+        scores = rewards.sum(-1)
         if isinstance(config, LeaveOneOut):
             relative = leave_one_out(scores, rollout.group_size)
         else:

@@ -44,6 +44,9 @@ class MinibatchAdam:
         minibatches: parts that a pass is cut into, by rows, freshly shuffled.
         max_grad_norm: gradients are scaled to at most this norm; None leaves them.
         seed: of the shuffles.
+
+    Raises:
+        ValueError: fewer than 1 epochs or minibatches.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class MinibatchAdam:
         max_grad_norm: float | None,
         seed: int,
     ) -> None:
+        if epochs < 1 or minibatches < 1:
+            raise ValueError(f"epochs and minibatches must be 1 or more, got {epochs} and {minibatches}")
         self._learning_rate, self._anneal = learning_rate, anneal
         self._epochs, self._minibatches = epochs, minibatches
         self._limit = math.inf if max_grad_norm is None else max_grad_norm
@@ -306,7 +311,10 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
     """Scale the parameters' gradients together to at most this norm; returns the norm that they had."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # One norm of one vector: nn.utils.clip_grad_norm_ takes four times as long on networks of this size.
-    norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients])).item()
+    gradient = torch.cat([gradient.flatten() for gradient in gradients])
+    norm = torch.linalg.vector_norm(gradient).item()
+    if not math.isfinite(norm):  # the squares of finite numbers may not fit
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
     if norm > limit:
         torch._foreach_mul_(gradients, limit / (norm + 1e-6))
     return norm

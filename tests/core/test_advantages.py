@@ -317,3 +317,29 @@ def test_masks_may_be_zeros_and_ones(dtype):
     x, mask = experience()[0], mask_of()
     assert masked_mean(x, mask.to(dtype)).equal(masked_mean(x, mask))
     assert masked_whiten(x, mask.to(dtype)).equal(masked_whiten(x, mask))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_what_is_no_number_after_an_end_stays_there(wrong, lam):
+    rewards, values, next_values, terminated, truncated = experience()
+    terminated[:, 4] = True
+    truncated[:, 4] = False
+    settings = {"gamma": 0.9, "lam": lam}
+    advantages, _ = gae(rewards, values, next_values, terminated, truncated, **settings)
+    returns = returns_to_go(rewards, terminated | truncated, gamma=0.9)
+    rewards[:, 6] = wrong
+    spoilt, _ = gae(rewards, values, next_values, terminated, truncated, **settings)
+    assert torch.equal(spoilt[:, :5], advantages[:, :5]) and not spoilt[:, 6].isfinite().any()
+    spoilt = returns_to_go(rewards, terminated | truncated, gamma=0.9)
+    assert torch.equal(spoilt[:, :5], returns[:, :5]) and not spoilt[:, 6].isfinite().any()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-24, 1e20, 1e37])
+def test_masked_whiten_of_numbers_whose_squares_do_not_fit(size):
+    x = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(masked_whiten(x * size, None), torch.tensor([-1.0, 0.0, 1.0]), rtol=1e-6, atol=1e-6)
+
+
+def test_masked_whiten_of_nothing_is_nothing():
+    assert masked_whiten(torch.zeros(0, 3), None).shape == (0, 3)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical, kl_estimators
+from lm_trust.core import Categorical, DiagonalGaussian, MultiCategorical, kl_estimators, trust_region_step
 
 B, T, V, A = 3, 4, 5, 2
 SIZES = (2, 4, 1, 3)
@@ -385,3 +385,46 @@ def test_estimators_of_equal_policies_are_zero():
     log_prob = normal(B, T)
     for value in kl_estimators(log_prob, log_prob).values():
         assert torch.equal(value.abs(), torch.zeros(B, T, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["categorical", "multi_categorical"])
+def test_what_is_asked_without_a_graph_costs_no_gradient_later(kind):
+    def made(logits):
+        return Categorical(logits) if kind == "categorical" else MultiCategorical(logits, SIZES)
+
+    logits = (two_categoricals if kind == "categorical" else two_multi_categoricals)(B, T)[0].requires_grad_()
+    distribution = made(logits)
+    with torch.no_grad():
+        actions = distribution.sample(torch.Generator().manual_seed(0))
+        distribution.entropy()
+    for ask in (lambda d: d.log_prob(actions), lambda d: d.entropy(), lambda d: d.kl(made(logits.detach() + 1e-3))):
+        (found,) = torch.autograd.grad(ask(distribution).sum(), logits, retain_graph=True)
+        (wanted,) = torch.autograd.grad(ask(made(logits)).sum(), logits)
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kl_of_logits_in_half_precision_is_that_of_these_logits(dtype):
+    logits = normal(64, 300, seed=1).to(dtype)
+    others = (logits.double() + 0.03 * normal(64, 300, seed=2)).to(dtype)
+    for new in (others, logits):
+        found = Categorical(logits).kl(Categorical(new)).mean().item()
+        exact = Categorical(logits.double()).kl(Categorical(new.double())).mean().item()
+        assert found == pytest.approx(exact, rel=1e-2, abs=1e-7)
+    assert exact == 0 and Categorical(others).log_prob(torch.zeros(64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_policy_in_half_precision_can_be_stepped(dtype):
+    policy = torch.nn.Linear(4, 50, dtype=dtype)
+    policy.distribution = lambda observations: Categorical(policy(observations))
+    observations = normal(64, 4).to(dtype)
+    actions = policy.distribution(observations).sample(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = policy(observations).double()
+    for method in ("gauss_newton", "kl_hessian"):
+        report = trust_region_step(policy, observations, actions, normal(64).float(), max_kl=1e-3, fisher_method=method)
+        after = policy(observations).detach().double()
+        exact = Categorical(before).kl(Categorical(after)).mean().item()
+        assert report.accepted and 0 < exact <= 1.01e-3 and report.step_kl == pytest.approx(exact, rel=0.02), method
+        before = after

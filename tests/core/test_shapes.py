@@ -6,6 +6,7 @@ from torch import nn
 
 from lm_trust.core import (
     Categorical,
+    DiagonalGaussian,
     FisherOperator,
     clipped_surrogate,
     clipped_value_loss,
@@ -16,6 +17,7 @@ from lm_trust.core import (
     returns_to_go,
     trust_region_step,
 )
+from lm_trust.core.batch import Batch
 from lm_trust.core.shapes import require_same_shape
 from lm_trust.core.surrogate import clipped_surrogate_slope, clipped_value_slope
 
@@ -105,3 +107,53 @@ def test_a_steps_mask_is_of_its_advantages_shape():
             torch.ones(B, T),
             mask=torch.ones(B, 1, dtype=torch.bool),
         )
+
+
+STEPPING = [{}, {"microbatch_size": 2}, {"fisher_fraction": 0.5}]
+
+
+@pytest.mark.parametrize("settings", STEPPING)
+@pytest.mark.parametrize("few", ["actions", "advantages", "observations"])
+def test_a_step_needs_as_many_rows_of_each_whatever_the_passes(few, settings):
+    given = {
+        "observations": torch.ones(B, T, 2),
+        "actions": torch.zeros(B, T, dtype=torch.long),
+        "advantages": torch.ones(B, T),
+    }
+    given[few] = given[few][:2]
+    with pytest.raises(ValueError, match=rf"{few}.* of .*\b2\b"):
+        trust_region_step(Linear(), *given.values(), **settings)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_the_fishers_mask_has_the_rows_of_the_observations(microbatch_size):
+    with pytest.raises(ValueError, match="observations and mask of 4 and 3 rows"):
+        FisherOperator(
+            Linear(), torch.ones(B, T, 2), mask=torch.ones(3, T, dtype=torch.bool), microbatch_size=microbatch_size
+        )
+
+
+@pytest.mark.parametrize("wrong", [(B, 1, 2), (1, T, 2), (2,), (B, T, 1)])
+def test_a_gaussian_has_one_action_a_step(wrong):
+    distribution = DiagonalGaussian(torch.zeros(B, T, 2), torch.zeros(2))
+    for ask in (distribution.log_prob, distribution.score):
+        with pytest.raises(ValueError, match=r"actions of shape .* for means of shape \(4, 6, 2\)"):
+            ask(torch.zeros(wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("old_log_prob", (B, 1)), ("advantages", (B,)), ("mask", (B, 1)), ("actions", (2, T)), ("actions", (B,))],
+)
+def test_a_batch_is_of_one_shape(name, wrong):
+    distribution = Categorical(torch.zeros(B, T, V))
+    given = {
+        "actions": torch.zeros(B, T, dtype=torch.long),
+        "old_log_prob": torch.zeros(B, T),
+        "advantages": torch.zeros(B, T),
+        "mask": torch.ones(B, T, dtype=torch.bool),
+    }
+    Batch(observations=None, old=distribution, **given)
+    given[name] = given[name].new_zeros(wrong)
+    with pytest.raises(ValueError, match=r"of shapes .*: one of each a step"):
+        Batch(observations=None, old=distribution, **given)

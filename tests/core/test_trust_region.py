@@ -1025,3 +1025,58 @@ def test_a_kl_that_grows_faster_than_a_square_does_not_end_the_search():
     )
     assert report.accepted and 0 < report.step_kl <= 0.01
     assert report.step_fraction == 0.8**report.backtracks
+
+
+class Attention(nn.Module):
+    """Differentiated through another kernel than it is measured with: the two round otherwise."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner, self.outer = nn.Linear(D, 3 * 16), nn.Linear(16, V)
+
+    def distribution(self, observations):
+        query, key, value = self.inner(observations).unsqueeze(1).split(16, -1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return Categorical(self.outer(mixed.squeeze(1)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_bound_of_zero_is_no_step_however_theta_old_is_measured(seed):
+    policy = Attention(seed)
+    observations, actions, advantages = (
+        each.float() if each.is_floating_point() else each for each in experience(Discrete(), seed=seed)
+    )
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    report = trust_region_step(policy, observations, actions, advantages, max_kl=0.0)
+    assert (report.accepted, report.reason, report.step_kl) == (False, "no_improvement", 0.0)
+    assert all(torch.equal(one, two) for one, two in zip(before, policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("fisher_fraction", value) for value in (0.0, -1.0, 1.5)),
+        ("damping", -0.1),
+        *(("reference_budget", value) for value in (0.0, -1.0, math.nan)),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(setting, value):
+    policy = Discrete()
+    observations, actions, advantages = experience(policy)
+    before = bits(policy)
+    reference = policy.distribution(observations).detach()
+    with pytest.raises(ValueError, match=setting):
+        trust_region_step(policy, observations, actions, advantages, reference=reference, **{setting: value})
+    assert all(torch.equal(one, two) for one, two in zip(before, bits(policy), strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_the_gradients_norm_is_a_number_where_its_squares_do_not_fit(size):
+    policy = Discrete().float()
+    observations, actions, advantages = experience(Discrete())
+    norms = [
+        trust_region_step(copy.deepcopy(policy), observations.float(), actions, (advantages * scale).float())
+        for scale in (1.0, size)
+    ]
+    assert norms[1].gradient_norm == pytest.approx(size * norms[0].gradient_norm, rel=1e-4) and norms[1].accepted

@@ -316,3 +316,29 @@ def test_settings_that_mean_nothing_are_refused():
         TRPO(microbatch_size=0).step(policy, batch_for(policy))
     with pytest.raises(ValueError, match="positive"):
         PPOClip(reference_budget=0.0)
+
+
+@pytest.mark.parametrize("name", MINIBATCHED)
+@pytest.mark.parametrize("setting", ["epochs", "minibatches"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_rule_that_would_do_nothing_is_refused(name, setting, value):
+    with pytest.raises(ValueError, match=f"epochs and minibatches must be 1 or more.*{value}"):
+        RULES[name](**{setting: value})
+
+
+def test_a_gradient_whose_squares_do_not_fit_is_clipped_like_any_other():
+    steps = []
+    for size in (1.0, 1e20):
+        policy = Policy("categorical").float()
+        batch = batch_for(Policy("categorical"))
+        batch = replace(
+            batch,
+            observations=batch.observations.float(),
+            old_log_prob=batch.old_log_prob.float(),
+            advantages=(batch.advantages * size).float(),
+        )
+        start = vector_of(policy)
+        report = PPOClip(max_grad_norm=1e-3, epochs=1, minibatches=1).step(policy, batch)
+        assert report.accepted
+        steps.append((vector_of(policy) - start, report.gradient_norm / size))
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-2, atol=1e-7)
