@@ -5,6 +5,7 @@ The manifest lists every file's size and SHA-256. Model caches and checkpoints a
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -95,7 +96,7 @@ def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
         build: writes the contents into the empty folder that it is given. What it raises is passed on, and nothing of
             what it wrote is kept.
     """
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         _remove(leftover)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
@@ -108,7 +109,7 @@ def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
             folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"))
         temporary.rename(folder)
     finally:
-        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
             _remove(leftover)
 
 

@@ -337,6 +337,9 @@ def test_resume_follows_models_and_files_that_have_moved(calls, capsys):
     config = calls.pop()[1]
     assert config.critic.path == str(Path("elsewhere/critic").resolve())
     assert config.rewards[0].path == str(Path("elsewhere/judge").resolve())
+    # After an error of memory there, say.
+    assert main(["train", "--resume", "runs/first", *given, "--rewards.0.batch_size", "4"]) == 143
+    assert calls.pop()[1].rewards[0].batch_size == 4
     # What they are worth may not change, and is told by its own key.
     assert refused(capsys, "train", "--resume", "runs/first", *given, "--rewards.1.weight", "2") == [
         "--resume: rewards.1.weight is 1.0 in runs/first and 2.0 here; "

@@ -32,7 +32,7 @@ from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
 from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
 from lm_trust.lm.sharding import shard
-from lm_trust.lm.text_models import load_model, positions_of
+from lm_trust.lm.text_models import load_model, positions_of, require_vocabulary
 
 
 def load_tokenizer(
@@ -43,13 +43,14 @@ def load_tokenizer(
     Where it has no pad token, or one that the model has no embedding of, the end of sequence pads.
 
     Raises:
-        UserError: it cannot be loaded, or has no end-of-sequence token that the model knows.
+        UserError: it cannot be loaded, has no vocabulary, or no end-of-sequence token that the model knows.
     """
     source, options = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise UserError(f"model.path: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
+    require_vocabulary(tokenizer, path, key="model.path")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; completions need one")
     known = vocabulary_size(load_text_config(path, revision=revision, trust_remote_code=trust_remote_code))
@@ -172,20 +173,28 @@ def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = 
         keep_reference: load the frozen copy as well; without it the reference is the base.
 
     Raises:
-        UserError: the folder holds no adapter that fits the base, or one that does not act inside its layers alone.
+        UserError: the folder holds no adapter that fits the base, one that does not act inside its layers alone, or one
+            that changes the base's own weights.
     """
     try:
         local = str(adapter_folder(folder))
-        if _acts_elsewhere(PeftConfig.from_pretrained(local)):
+        config = PeftConfig.from_pretrained(local)
+        if _changes_base(config):
+            raise UserError(
+                f"adapter {str(folder)!r} changes the base's own weights as it is loaded, as PiSSA, OLoRA, CorDA, "
+                "LoftQ, LoRA-GA and KaSA do; give a plain LoRA (peft: path_initial_model_for_weight_conversion)"
+            )
+        if _acts_elsewhere(config):
             raise UserError(
                 f"adapter {str(folder)!r} acts elsewhere than in the model's own layers, as aLoRA, layer_replication "
                 "and adaption prompts do; give a plain LoRA"
             )
-        with quiet():
+        # New weights are drawn before they are loaded.
+        with quiet(), torch.random.fork_rng(devices=[]):
             model = PeftModel.from_pretrained(base, local, is_trainable=True)
-        if keep_reference:
-            model.load_adapter(local, REFERENCE_ADAPTER, is_trainable=False)
-            model.set_adapter("default")
+            if keep_reference:
+                model.load_adapter(local, REFERENCE_ADAPTER, is_trainable=False)
+                model.set_adapter("default")
     except UserError:
         raise
     except Exception as error:
@@ -273,6 +282,8 @@ def adapter_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) > 2:  # no id of a repository
+            raise FileNotFoundError("there is no such folder")
         wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
         folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
     check_holds_adapter(folder)
@@ -300,6 +311,13 @@ def wrapped_by_adapter(module: nn.Module) -> bool:
 def _changes_head(model: PeftModel) -> bool:
     """Whether an adapter sits on the output embedding: scores go through its frozen weight and would pass it by."""
     return wrapped_by_adapter(model.get_base_model().get_output_embeddings())
+
+
+def _changes_base(config: PeftConfig) -> bool:
+    """Whether the base is another model once the adapter is there, and yet another one with a second copy of it."""
+    initialised = getattr(config, "init_lora_weights", True)
+    named = isinstance(initialised, str) and initialised.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    return named or getattr(config, "kasa_config", None) is not None
 
 
 def _acts_elsewhere(config: PeftConfig) -> bool:

@@ -136,9 +136,7 @@ def with_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, **place)
     except Exception as error:
         raise UserError(f"{key}: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
-    # What transformers makes of a folder without the files of a tokenizer: one that takes every word for unknown.
-    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
-        raise UserError(f"{key}: {path!r} holds no tokenizer; put the model's own beside it")
+    require_vocabulary(tokenizer, path, key=key)
     config = model.config.get_text_config()
     choices = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)
     size = getattr(config, "vocab_size", math.inf)  # a few models take characters
@@ -152,9 +150,20 @@ def with_tokenizer(
     return TextModel(model, tokenizer, pad_id, context_of(model, tokenizer))
 
 
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, *, key: str) -> None:
+    """See that a tokenizer is not what transformers makes of a folder without its files: one that knows no word.
+
+    Raises:
+        UserError: it is; names `key`.
+    """
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
+        raise UserError(f"{key}: {path!r} holds no tokenizer; put the model's own beside it")
+
+
 def positions_of(config: PreTrainedConfig) -> int | None:
     """Positions that a text model has; None where its configuration sets no limit."""
-    positions = getattr(config, "max_position_embeddings", None) or 0
+    # MPT's name is the second.
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
     return positions if positions > 0 else None  # XLNet's -1 is no limit
 
 

@@ -76,7 +76,7 @@ def reward_model(config: RewardModelConfig, output: Path) -> int:
             task_type="SEQ_CLS",
         )
     folder = RunFolder(output)
-    with quiet_libraries():
+    with folder.claimed(), quiet_libraries():
         arguments = RewardArguments(
             max_length=prepared.length,
             center_rewards_coefficient=config.training.centre_rewards_coefficient or None,
@@ -135,7 +135,7 @@ def heldout_accuracy(trainer: RewardTrainer) -> dict[str, Any]:
     trainer.model.eval()
     pairs: list[Tensor] = []
     for batch in trainer.get_eval_dataloader():
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # before training the model has none of its own
             rewards = trainer.model(**batch, use_cache=False).logits
         pairs.append(rewards.double().view(2, -1).cpu())  # the collator puts the chosen texts first
     trainer.model.train(was_training)

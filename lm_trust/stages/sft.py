@@ -52,7 +52,7 @@ def sft(config: SftConfig, output: Path) -> int:
         lora = config.model.lora
         model = attach_adapter(model, **lora.model_dump(), seed=config.seed, revision=config.model.revision)
     folder = RunFolder(output)
-    with quiet_libraries():
+    with folder.claimed(), quiet_libraries():
         trainer = SFTTrainer(
             model,
             SFTArguments(max_length=prepared.length, **trainer_settings(config, output)),
@@ -80,7 +80,7 @@ def heldout_loss(trainer: SFTTrainer) -> dict[str, Any]:
     trainer.model.eval()
     nats = right = tokens = 0.0
     for batch in trainer.get_eval_dataloader():
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # before training the model has none of its own
             output = trainer.model(**batch, use_cache=False, fused_lm_head=True)
         learnt = batch["labels"][:, 1:] != -100
         nats -= output.log_probs.double()[learnt].sum().item()

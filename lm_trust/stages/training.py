@@ -199,6 +199,7 @@ def run_stage(
             "A stage cannot go on: start it again with another --output",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
         return interruption.exit_status
     after = evaluate()
@@ -207,7 +208,7 @@ def run_stage(
     with folder.writing(folder.learning_curve.name):
         stage_curve(folder.metrics(), evaluations, folder.learning_curve, panels, title=folder.path.name)
     print_stage({"before": before, "after": after}, console, rows)
-    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True)
+    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

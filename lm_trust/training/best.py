@@ -77,8 +77,10 @@ def _move_in(source: Path, target: Path) -> None:
     if not target.exists():
         source.rename(target)
         return
-    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     for file in sorted(files, key=lambda file: (file.name == EVALUATION, file)):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)
     shutil.rmtree(source)
+    for stale in {path.relative_to(target) for path in target.rglob("*") if path.is_file()} - files:
+        (target / stale).unlink()  # a card that a finished run wrote for the policy before

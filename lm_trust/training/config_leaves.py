@@ -17,7 +17,7 @@ MAY_DIFFER = (
     "model.gradient_checkpointing",
 )
 # Likewise of each reward: how it is called, which is what a run that its reward has stopped needs to change.
-MAY_DIFFER_IN_REWARDS = ("timeout", "parallel", "process", "memory")
+MAY_DIFFER_IN_REWARDS = ("timeout", "parallel", "process", "memory", "batch_size")
 
 
 def leaves(section: Mapping[str, object], at: str = "") -> dict[str, object]:

@@ -97,6 +97,7 @@ def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
                     f"Go on with: lm-trust train --resume {config.output}",
                     highlight=False,
                     soft_wrap=True,
+                    markup=False,
                 )
                 return interruption.exit_status
             _finish(config, world, folder, recorder, console)
@@ -242,7 +243,7 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder 
         write_cards(config, world.policy_name, folder)
     print_summary(folder.evaluation(), console, world=world.kind)
     film_iteration(config, world, folder.path)
-    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True)
+    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _save(config: Config, world: World, folder: RunFolder) -> None:

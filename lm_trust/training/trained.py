@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def generate(
     from lm_trust.lm.generation import decode, eos_ids, sample_completions
     from lm_trust.lm.prompts import typed_prompt
     from lm_trust.lm.reasoning import fill
-    from lm_trust.lm.saving import load_trained, trained_name
+    from lm_trust.lm.saving import ADAPTER, load_trained, trained_name
 
     # Only the model is needed: the prompts and the reward may have moved since.
     config = _config_of(run, check_files=False)
@@ -86,8 +87,13 @@ def generate(
     chat = config.prompts.chat or RunFolder(run).noted_chats
     typed = typed_prompt(prompt if template is None else fill(template, prompt), chat=chat)
     _, ids = encode(tokenizer, typed, context=context, vocabulary=vocabulary, max_new_tokens=limit)
+    trained = best_folder(run) if best else run
+    if config.model.adapter is not None and not reference and (trained / ADAPTER).is_dir():
+        # It holds all of the one that training started from, which may be gone.
+        start = config.model.model_copy(update={"adapter": str(trained / ADAPTER)})
+        config = config.model_copy(update={"model": start})
     policy = build_language_policy(config)
-    load_trained(policy, (best_folder(run) if best else run) / trained_name(policy))
+    load_trained(policy, trained / trained_name(policy))
     with policy.as_reference() if reference else nullcontext():
         completions = sample_completions(
             policy,
@@ -97,8 +103,10 @@ def generate(
             pad_id=tokenizer.pad_token_id,
             generator=make_generator(config.seed if seed is None else seed, "generate"),
         )
+    encoding = sys.stdout.encoding or "utf-8"
     for text in decode(tokenizer, completions):
-        print(text if chat else prompt + text)  # an answer, or the text gone on with
+        whole = text if chat else prompt + text  # an answer, or the text gone on with
+        print(whole.encode(encoding, "backslashreplace").decode(encoding))  # a terminal may lack a character
     return 0
 
 

@@ -88,7 +88,7 @@ def watch(config: Config, task: ControlTask, run: Path, *, videos: int, render: 
     episodes = task.remembered()
     if videos:
         film(*_environment(config), episodes[:videos], run / "videos", "evaluation")
-        console.print(f"Films: {run / 'videos'}", highlight=False, soft_wrap=True)
+        console.print(f"Films: {run / 'videos'}", highlight=False, soft_wrap=True, markup=False)
     if render:
         console.print("Playing the episodes in a window; Ctrl-C ends it.", highlight=False)
         with closing(open_window(*_environment(config))) as env:

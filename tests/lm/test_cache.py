@@ -13,7 +13,7 @@ import pytest
 from lm_trust.errors import UserError
 from lm_trust.lm import smollm2
 from lm_trust.lm.cache import cache_root, cached_folder
-from lm_trust.verified_folder import MANIFEST
+from lm_trust.verified_folder import MANIFEST, replace_folder
 
 CONTENTS = {"model.bin": b"weights" * 1000, "config.json": b'{"a": 1}', "sub/vocab.txt": b"one\ntwo\n"}
 
@@ -291,3 +291,20 @@ def test_smollm2_is_converted_exactly(root):
 
     model.save_pretrained(root / "again")
     assert "quantization_config" not in json.loads((root / "again" / "config.json").read_text())
+
+
+def test_a_name_with_brackets_leaves_nothing_beside_it(tmp_path):
+    target = tmp_path / "m[1]"
+
+    def build(folder):
+        (folder / "file").write_text("whole")
+
+    def fail(folder):
+        build(folder)
+        raise ValueError
+
+    for _ in range(2):
+        replace_folder(target, build)
+        with pytest.raises(ValueError):
+            replace_folder(target, fail)
+        assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["m[1]", "m[1]/file"]

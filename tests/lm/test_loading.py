@@ -20,6 +20,7 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
+    MptConfig,
     Phi3Config,
     XLNetConfig,
 )
@@ -64,6 +65,13 @@ def test_a_tokenizer_without_an_end_is_refused(model_folder, tmp_path):
     with pytest.raises(UserError, match=r"model\.path: .* no end-of-sequence token") as error:
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in one_line(error)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(model_folders, architecture, tmp_path):
+    AutoModelForCausalLM.from_pretrained(model_folders(architecture)).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match=r"^model\.path: .* holds no tokenizer|no tokenizer could be loaded") as error:
+        load_tokenizer(str(tmp_path / "bare"))
+    assert str(tmp_path / "bare") in one_line(error)
 
 
 def add_token(folder, target, **special):
@@ -124,6 +132,11 @@ def test_a_negative_number_of_positions_is_no_limit(tmp_path):
     XLNetConfig().save_pretrained(tmp_path)
     config = load_text_config(str(tmp_path))
     assert positions_of(config) is sampling_length(config) is None
+
+
+def test_mpts_name_for_its_positions_is_known(tmp_path):
+    MptConfig(max_seq_len=16).save_pretrained(tmp_path)
+    assert positions_of(load_text_config(str(tmp_path))) == 16
 
 
 def longrope(folder, original):
@@ -333,6 +346,7 @@ def test_a_saved_adapter_is_a_plain_one(trained, model_folder, tmp_path, lm):
     assert (log_probs(third, completions) - found).abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("global_streams")
 @pytest.mark.parametrize("keep_reference", [True, False])
 def test_an_adapter_to_start_from(trained, model_folder, tmp_path, keep_reference):
     policy, _ = trained
@@ -420,6 +434,17 @@ def test_an_adapter_that_acts_elsewhere_than_in_the_layers_is_refused(name, mode
     base = AutoModelForCausalLM.from_pretrained(model_folders("llama"))
     get_peft_model(base, copy.deepcopy(ELSEWHERE[name])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"^adapter .* acts elsewhere than in .* layers") as error:
+        load_policy(str(model_folders("llama")), adapter=tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in one_line(error)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("initialised", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_changes_the_base_is_refused(initialised, model_folders, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=initialised, task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(model_folders("llama"))
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"^adapter .* changes the base's own weights") as error:
         load_policy(str(model_folders("llama")), adapter=tmp_path / "adapter")
     assert str(tmp_path / "adapter") in one_line(error)
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lm_trust.training.config_file import load_config
 from lm_trust.training.config_stages import SftConfig
+from lm_trust.training.run_folder import RunFolder
 
 KEYS = ["step", "epoch", "loss", "token_accuracy", "learning_rate", "gradient_norm", "tokens", "tokens_per_second"]
 
@@ -245,3 +246,26 @@ def test_nothing_is_reported_to_anybody(stage, texts, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: pytest.fail("telemetry"))
     assert stage("sft", texts, **{"training.max_steps": 1}) == 0
+
+
+def test_before_and_after_are_computed_in_the_same_precision(stage, texts, evaluation):
+    keys = {"model.autocast": "bfloat16", "training.learning_rate": 1e-12, "training.max_steps": 1}
+    assert stage("sft", texts, **keys) == 0
+    record = evaluation()
+    assert record["after"] == record["before"]
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model"])
+def test_a_run_folder_that_another_process_writes_to_is_refused(command, stage, texts, pairs, capsys, lines):
+    with RunFolder(Path("run")).claimed():
+        assert stage(command, texts if command == "sft" else pairs) == 2
+    assert f"output: another process is writing to {Path('run').absolute()}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not Path("run/metrics.jsonl").exists()
+
+
+def test_an_output_with_brackets_is_named_as_it_is(stage, texts, capsys):
+    assert stage("sft", texts, **{"training.max_steps": 1, "output": "runs/a[b]"}) == 0
+    assert "Run folder: runs/a[b]" in capsys.readouterr().out
+    assert [path.name for path in Path("runs").iterdir()] == ["a[b]"]

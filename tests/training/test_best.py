@@ -47,6 +47,15 @@ def kept(folder):
     return record["iteration"], record["reward_mean"]
 
 
+def test_what_was_written_about_the_policy_before_goes_with_it(folder, policy):
+    keeper = Best(folder, policy.save, resumed=False)
+    offer(keeper, policy, 1, 0.0)
+    (best_folder(folder.path) / "adapter" / "README.md").write_text("of iteration 1")
+    offer(keeper, policy, 2, 1.0)
+    assert kept(folder) == (2, 1.0)
+    assert not (best_folder(folder.path) / "adapter" / "README.md").exists()
+
+
 def test_the_highest_evaluation_is_kept(folder, policy):
     keeper = Best(folder, policy.save, resumed=False)
     with pytest.raises(UserError, match="no best policy"):

@@ -1,7 +1,10 @@
 """What a finished language run leaves, with an adapter and with all weights trained: policy, card, merged model."""
 
+import io
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +96,34 @@ def test_evaluate_generate_and_resume_find_the_policy(run, capsys):
     before = (folder / "metrics.jsonl").read_text()
     assert main(["train", "--resume", str(folder)]) == 0
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_generate_escapes_what_the_terminal_lacks(run, monkeypatch):
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", terminal)
+        assert main(["generate", str(run[0]), "the caf\u00e9", "--count", "2"]) == 0
+    assert [line.startswith(b"the caf\\xe9") for line in written.getvalue().splitlines()] == [True, True]
+
+
+@pytest.mark.parametrize("run", ["adapter"], indirect=True)
+def test_generate_needs_the_run_alone_and_not_the_adapter_that_it_began_with(run, tmp_path, capsys, monkeypatch):
+    folder, name = run
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / name, "start")
+    config = yaml.safe_load((folder.parent / "tiny.yaml").read_text())
+    Path("on.yaml").write_text(write_yaml(config | {"iterations": 1, "model": {**config["model"], "adapter": "start"}}))
+    assert main(["train", "on.yaml", "--model.lora.r", "8", "--output", "on"]) == 0
+    asked, texts = ["generate", "on", "the film", "--count", "20", "--seed", "3"], []
+    for _ in range(2):
+        capsys.readouterr()
+        assert main(asked) == 0
+        texts.append(capsys.readouterr().out)
+        shutil.rmtree("start", ignore_errors=True)
+    assert texts[0] == texts[1]
+    assert main([*asked, "--reference"]) == 2
+    assert "start" in capsys.readouterr().err
 
 
 def test_the_card_is_what_the_hub_reads(run):
