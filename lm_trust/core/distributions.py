@@ -204,7 +204,7 @@ class DiagonalGaussian:
         log_std: broadcastable to mean; a state-independent (A,) vector is the usual case.
 
     Raises:
-        ValueError: from `log_prob` and `score`, actions that are not of the mean's shape.
+        ValueError: from `log_prob` and `score`, actions that are not of the mean's shape but for further axes in front.
     """
 
     def __init__(self, mean: Tensor, log_std: Tensor) -> None:
@@ -268,7 +268,8 @@ class DiagonalGaussian:
 
     def _deviation(self, actions: Tensor) -> Tensor:
         # (N,) actions of one dimension beside (N, 1) means would broadcast to N x N without a word.
-        if actions.shape != self.mean.shape:
+        # Several draws of every step, in further axes in front, are what they look like.
+        if actions.shape[-self.mean.ndim :] != self.mean.shape:
             given, wanted = tuple(actions.shape), tuple(self.mean.shape)
             raise ValueError(f"actions of shape {given} for means of shape {wanted}: the last axis is the action's")
         return actions - self.mean

@@ -139,6 +139,7 @@ def test_a_gaussian_has_one_action_a_step(wrong):
     for ask in (distribution.log_prob, distribution.score):
         with pytest.raises(ValueError, match=r"actions of shape .* for means of shape \(4, 6, 2\)"):
             ask(torch.zeros(wrong))
+    assert distribution.log_prob(torch.zeros(5, B, T, 2)).shape == (5, B, T)  # five draws of each
 
 
 @pytest.mark.parametrize(
