@@ -147,7 +147,7 @@ def _add_evaluate(commands: _Commands) -> None:
         "--count",
         type=_positive,
         metavar="N",
-        help="held-out prompts or episodes (default: as in the run's config)",
+        help="completions of held-out prompts, or episodes (default: as in the config)",
     )
     evaluate.add_argument("--best", action="store_true", help="the policy of the run's best evaluation, not its last")
     evaluate.add_argument(

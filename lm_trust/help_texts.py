@@ -21,10 +21,12 @@ examples:
 """
 TRAIN = """\
 Train as the YAML file CONFIG says and write a run folder: config.yaml
-(resolved), metrics.jsonl (a line an iteration), evaluation.json, checkpoints/
-and the policy (adapter/, model/ or policy.safetensors; that of the best
-evaluation is in best/). TensorBoard's files are in tensorboard/ (see the key
-trackers), and a control run's finished episodes in monitor.csv.
+(resolved), metrics.jsonl (a line an iteration), evaluations.jsonl (one for each
+on the way), evaluation.json, learning_curve.png, checkpoints/ and the policy
+(adapter/, model/ or policy.safetensors; that of the best evaluation is in
+best/). TensorBoard's files are in tensorboard/ (see the key trackers), a
+language run's tables in completions/, and a control run's finished episodes in
+monitor.csv.
 
 Every key of the config can be set here too, by its dotted name; the value is
 YAML. Setting another `kind` replaces that section with the kind's defaults.

@@ -1,6 +1,6 @@
 """A sequence classifier or reward model of transformers as a reward.
 
-    rewards: [{kind: classifier, path: runs/reward_model, weight: 1.0}]
+    rewards: [{kind: classifier, path: runs/reward_model/adapter, weight: 1.0}]
 
 The path is a folder that `save_pretrained` or trl's RewardTrainer wrote (a whole model, or a PEFT adapter with its
 classification head), or a hub id. Its own tokenizer reads the text. Of a text longer than its context it reads the

@@ -6,12 +6,15 @@ Weights are read from safetensors files alone. The older files (.bin, .pt) are p
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils import logging as transformers_logging
 
 from lm_trust.errors import UserError
@@ -47,9 +50,41 @@ def refuse_pickle(folder: Path, key: str) -> None:
             "convert them to safetensors (save_pretrained does it)"
         )
     for index in (path for path in files if path.name.endswith(f"{SAFETENSORS}.index.json")):
-        for name in _named_files(index, key):
-            if Path(name).name != name or Path(name).suffix != SAFETENSORS:
-                raise UserError(f"{key}: {index} names {name!r}, which is not a safetensors file beside it")
+        _check_index(index, key)
+
+
+def refuse_pickle_of_hub(repository: str, revision: str, key: str) -> None:
+    """See that a hub repository's index of weights, where it has one, names safetensors files of its own.
+
+    Raises:
+        UserError: it names another file; names `key`.
+    """
+    try:
+        index = huggingface_hub.hf_hub_download(repository, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    except (OSError, ValueError):  # it has none; or there is no such repository, which loading it will tell
+        return
+    _check_index(Path(index), key)
+
+
+@contextmanager
+def as_uploaded() -> Iterator[None]:
+    """Load what a hub repository's revision holds, and no pull request that converts its pickle."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _check_index(index: Path, key: str) -> None:
+    for name in _named_files(index, key):
+        if Path(name).name != name or Path(name).suffix != SAFETENSORS:
+            raise UserError(f"{key}: {index} names {name!r}, which is not a safetensors file beside it")
 
 
 def _named_files(index: Path, key: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lm_trust.errors import UserError, first_line
-from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
+from lm_trust.lm.pretrained import as_uploaded, quiet, refuse_pickle, refuse_pickle_of_hub, source_of
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,23 @@ def load_model(
         UserError: it cannot be loaded.
     """
     source, place = source_of(path, revision=revision, trust_remote_code=trust_remote_code)
-    if "local_files_only" in place:
+    local = "local_files_only" in place
+    if local:
         refuse_pickle(Path(source), key)
+    else:
+        refuse_pickle_of_hub(source, place["revision"], key)
     settings |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     settings["use_safetensors"] = True
     try:
         # The caller's generator stays as it was: what the files lack is drawn at random.
-        with quiet(bars="local_files_only" not in place, reports=False), torch.random.fork_rng(devices=[]):
+        with quiet(bars=not local, reports=False), as_uploaded(), torch.random.fork_rng(devices=[]):
             model, info = auto.from_pretrained(source, **place, **settings)
     except Exception as error:
+        if not local and "`use_safetensors" in str(error):
+            raise UserError(
+                f"{key}: {path!r} holds no weights in safetensors, and a pickle file may run code when it is read; "
+                "convert them (save_pretrained does it)"
+            ) from error
         raise UserError(f"{key}: no model could be loaded from {path!r}: {first_line(error)}") from error
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return model.requires_grad_(False).eval().to(device), sorted(lacking)

@@ -122,12 +122,14 @@ class Environment(Section):
     count: Positive = Field(8, description="environments stepped side by side")
     arguments: dict[Name, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
     processes: Positive = Field(1, description="that step them; 2 where a step is work and a core is free")
-    backend: Literal["gymnasium", "envpool"] = Field("gymnasium", description="what steps the training environments")
+    backend: Literal["gymnasium", "envpool"] = Field(
+        "gymnasium", description="what steps the training environments; envpool: in one process, and not every task"
+    )
 
 
 class Policy(Section):
     hidden: list[Positive] = Field([64, 64], description="widths of the hidden layers")
-    activation: Literal["tanh", "relu"] = Field("tanh", description="between the layers")
+    activation: Literal["tanh", "relu"] = Field("tanh", description="between the layers, the mlp critic's too")
     log_std: float = Field(0.0, description="log standard deviation at the start (continuous actions)")
 
 
@@ -136,8 +138,8 @@ class ControlRollout(Section):
 
 
 class Normalise(Section):
-    observations: bool = Field(False, description="to mean 0 and sd 1, by running statistics")
-    rewards: bool = Field(False, description="by the running sd of returns; reports stay unscaled")
+    observations: bool = Field(False, description="to mean 0 and sd 1, by running statistics, then clipped to 10")
+    rewards: bool = Field(False, description="by the running sd of returns, then clipped to 10; reports stay unscaled")
 
 
 class ControlConfig(Section):

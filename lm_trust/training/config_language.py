@@ -20,7 +20,9 @@ class Lora(Section):
 class Model(Section):
     path: Name = Field(description="smollm2-135m, a local folder, or a hub id")
     revision: Name | None = Field(None, description="revision of a hub id")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with the model, and with that of critic.path"
+    )
     adapter: Name | None = Field(None, description="PEFT folder to start from")
     lora: Lora | None = Field(
         default_factory=Lora, description="of a new adapter; null: all of the model's weights are trained"
@@ -81,9 +83,11 @@ class Rollout(Section):
         "terminate", description="what a completion cut at the limit means"
     )
     limit_penalty: float = Field(0.0, ge=0, description="taken off its reward, with at_limit penalise")
-    microbatch_size: Positive = Field(32, description="completions in one pass; changes memory only")
+    microbatch_size: Positive = Field(
+        32, description="completions in one pass; changes memory, and results by rounding alone"
+    )
     engine: Literal["generate", "continuous_batching"] = Field(
-        "generate", description="what samples the completions of training"
+        "generate", description="what samples the completions of training; the second needs transformers 5.23"
     )
     mismatch: Mismatch = Field(default_factory=Mismatch)
 

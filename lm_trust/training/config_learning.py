@@ -112,7 +112,9 @@ class Mlp(Section):
     minibatches: Positive = MINIBATCHES
     clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
-    own_process: bool = Field(False, description="fit it on another core while the policy is updated")
+    own_process: bool = Field(
+        False, description="fit it on another core while the policy is updated, where the run is one process"
+    )
 
 
 class ReferenceHead(Section):
@@ -149,7 +151,9 @@ class ModelHead(AdapterHead):
     """A value head on a model of its own, with a LoRA adapter, trained with it."""
 
     kind: Literal["model"] = "model"
-    path: Name | None = Field(None, description="a folder or hub id of the same tokenizer; null: as model.path")
+    path: Name | None = Field(
+        None, description="a folder or hub id (its newest revision) of the same tokenizer; null: as model.path"
+    )
 
 
 # ---- update rules

@@ -53,7 +53,7 @@ class ClassifierReward(Section):
         "text",
         description="prompt and completion, the completion alone, or both as a chat (of itself if trained so here)",
     )
-    batch_size: Positive = Field(32, description="texts in one pass; changes memory only")
+    batch_size: Positive = Field(32, description="texts in one pass; changes memory, and results by rounding alone")
     weight: float = Field(1.0, description="factor in the sum of the rewards")
     dense: bool = Field(False, description="pay each token its change of the score so far")
 
@@ -67,7 +67,7 @@ class HumanRating(Section):
     embedder: Name | None = Field(None, description="embedding model's folder or hub id; null: MiniLM's package")
     ridge: Rate = Field(1.0, description="strength of the regression's penalty")
     reads: Text = Field("text", description="prompt and completion, or the completion alone")
-    batch_size: Positive = Field(64, description="texts in one pass; changes memory only")
+    batch_size: Positive = Field(64, description="texts in one pass; changes memory, and results by rounding alone")
     weight: float = Field(1.0, description="factor in the sum of the rewards")
     dense: bool = Field(False, description="pay each token its change of the score so far")
 

@@ -49,7 +49,7 @@ class StageTraining(Section):
     max_steps: Positive | None = Field(None, description="updates after which to stop; null: after the epochs")
     batch_size: Positive = Field(16, description="rows an update")
     microbatch_size: Positive | None = Field(
-        None, description="rows in one pass, which changes memory only; null: batch_size"
+        None, description="rows in one pass, which changes memory, and results by rounding alone; null: batch_size"
     )
     learning_rate: Rate = Field(2e-4, description="AdamW's step size; without model.lora a tenth of it is usual")
     scheduler: Literal["linear", "cosine", "constant"] = Field(

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -152,6 +154,33 @@ def test_an_index_that_leads_elsewhere(models, tmp_path, mark, name):
     (folder / "model.safetensors.index.json").write_text("[1]")
     with pytest.raises(UserError, match="is not an index of weights"):
         load_base(str(folder))
+
+
+def test_an_index_on_the_hub_that_names_a_pickle(models, tmp_path, mark, monkeypatch):
+    """As the hub's cache holds a repository."""
+    place = tmp_path / "hub" / "models--someone--tiny"
+    folder = Path(shutil.copytree(models, place / "snapshots" / ("a" * 40)))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    program = (
+        "import sys\nfrom lm_trust.lm.loading import load_base\nfrom lm_trust.errors import UserError\n"
+        "try:\n    load_base('someone/tiny')\nexcept UserError as error:\n    sys.exit(str(error))\n"
+    )
+
+    def load():
+        environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+    assert load().returncode == 0
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    found = load()
+    assert found.returncode and "'someone/tiny'" in found.stderr and "safetensors" in found.stderr
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = load()
+    assert found.returncode and "names 'pytorch_model.bin', which is not a safetensors file" in found.stderr
 
 
 def test_a_checkpoint(tmp_path, mark, caplog):
