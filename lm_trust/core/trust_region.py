@@ -134,9 +134,6 @@ def trust_region_step(
         report.metrics["constraint"] = bounded.case
     if not torch.isfinite(full_step).all():
         return report
-    if not full_step.any():  # of a bound of zero: candidates would be told from theta_old by rounding alone
-        report.reason = "no_improvement"
-        return report
     full_gain = direction.gradient.dot(full_step).item()
     return line_search(
         objective,
@@ -184,6 +181,9 @@ def line_search(
         needs_gain: whether the surrogate must improve.
         price: of a nat of the largest step KL, in objective units: so much must the improvement be worth.
     """
+    if not full_step.any():  # of a bound of zero: candidates would be told from theta_old by rounding alone
+        report.reason = "no_improvement"
+        return report
     start = [parameter.detach().clone() for parameter in parameters]
     theta = flatten(start)
     backtracks = min(first_backtracks, max_backtracks)

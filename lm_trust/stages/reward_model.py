@@ -27,7 +27,7 @@ from lm_trust.lm.loading import attach_adapter
 from lm_trust.lm.text_models import load_model
 from lm_trust.stages.curve import Panel
 from lm_trust.stages.data import load_pairs
-from lm_trust.stages.training import prepare, quiet_libraries, run_stage, trainer_settings
+from lm_trust.stages.training import heldout_outputs, prepare, quiet_libraries, run_stage, trainer_settings
 from lm_trust.training.config_stages import RewardModelConfig
 from lm_trust.training.progress import format_number
 from lm_trust.training.run_folder import RunFolder
@@ -131,14 +131,9 @@ def load_reward_base(
 @torch.no_grad()
 def heldout_accuracy(trainer: RewardTrainer) -> dict[str, Any]:
     """How often the chosen text of a held-out pair has the higher reward, with Wilson's interval, and by how much."""
-    was_training = trainer.model.training
-    trainer.model.eval()
     pairs: list[Tensor] = []
-    for batch in trainer.get_eval_dataloader():
-        with trainer.accelerator.autocast():  # before training the model has none of its own
-            rewards = trainer.model(**batch, use_cache=False).logits
-        pairs.append(rewards.double().view(2, -1).cpu())  # the collator puts the chosen texts first
-    trainer.model.train(was_training)
+    for output, _ in heldout_outputs(trainer):
+        pairs.append(output.logits.double().view(2, -1).cpu())  # the collator puts the chosen texts first
     chosen, rejected = torch.cat(pairs, dim=1)
     margins = chosen - rejected
     right = int((margins > 0).sum())

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from lm_trust.lm.loading import attach_adapter, load_base
 from lm_trust.stages.curve import Panel
 from lm_trust.stages.data import load_texts
-from lm_trust.stages.training import prepare, quiet_libraries, run_stage, trainer_settings
+from lm_trust.stages.training import heldout_outputs, prepare, quiet_libraries, run_stage, trainer_settings
 from lm_trust.training.config_stages import SftConfig
 from lm_trust.training.progress import format_number
 from lm_trust.training.run_folder import RunFolder
@@ -76,17 +76,12 @@ def sft(config: SftConfig, output: Path) -> int:
 @torch.no_grad()
 def heldout_loss(trainer: SFTTrainer) -> dict[str, Any]:
     """The mean loss of the held-out rows' learnt tokens, in nats a token, whatever the batches; its exponential."""
-    was_training = trainer.model.training
-    trainer.model.eval()
     nats = right = tokens = 0.0
-    for batch in trainer.get_eval_dataloader():
-        with trainer.accelerator.autocast():  # before training the model has none of its own
-            output = trainer.model(**batch, use_cache=False, fused_lm_head=True)
+    for output, batch in heldout_outputs(trainer, fused_lm_head=True):
         learnt = batch["labels"][:, 1:] != -100
         nats -= output.log_probs.double()[learnt].sum().item()
         right += output.is_top1[learnt].sum().item()
         tokens += learnt.sum().item()
-    trainer.model.train(was_training)
     loss = nats / tokens
     return {
         "loss": loss,

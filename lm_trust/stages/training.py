@@ -154,6 +154,17 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def heldout_outputs(trainer: Trainer, **settings: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The model's outputs for the held-out rows, with their batches; dropout rests, the precision is training's."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    for batch in trainer.get_eval_dataloader():
+        with trainer.accelerator.autocast():  # before training the model has none of its own
+            output = trainer.model(**batch, use_cache=False, **settings)
+        yield output, batch
+    trainer.model.train(was_training)
+
+
 def run_stage(
     config: StageConfig,
     prepared: Prepared,

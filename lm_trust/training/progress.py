@@ -127,9 +127,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Write a line of text; on a terminal it scrolls by above the display."""
-        encoding = self.console.encoding
-        # A character that the terminal lacks must not end a training run.
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        text = encodable(text, self.console.encoding)
         self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> RenderableType:
@@ -231,6 +229,11 @@ def format_rate(value: float | None) -> str:
         if value < limit:
             return f"{value / scale:.{1 if suffix == 'M' else 0}f}{suffix}"
     return f"{value / 1e6:.0f}M" if value < 999.5e6 else f"{value:.0e}"
+
+
+def encodable(text: str, encoding: str) -> str:
+    """The text with all that the encoding lacks as an escape: a character must not end a training run."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def live_display(shown: RenderableType, console: Console) -> Live | None:

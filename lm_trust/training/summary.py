@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm_trust.training.progress import WorldName, format_number
+from lm_trust.training.progress import WorldName, encodable, format_number
 
 WIDTH = 80
 SAMPLES = 4
@@ -70,7 +70,7 @@ def visible(text: str, encoding: str = "utf-8") -> str:
         else character
         for character in text
     )
-    return "".join(characters).encode(encoding, "backslashreplace").decode(encoding)
+    return encodable("".join(characters), encoding)
 
 
 def _print_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], console: Console, width: int) -> None:

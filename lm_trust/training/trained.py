@@ -13,6 +13,7 @@ from lm_trust.training.best import best_folder
 from lm_trust.training.build import build_language_policy, build_tokenizer, build_world
 from lm_trust.training.config import Config, LanguageConfig
 from lm_trust.training.config_file import load_config
+from lm_trust.training.progress import encodable
 from lm_trust.training.run_folder import RunFolder
 from lm_trust.training.summary import print_summary
 from lm_trust.training.watching import to_watch, watch
@@ -103,10 +104,10 @@ def generate(
             pad_id=tokenizer.pad_token_id,
             generator=make_generator(config.seed if seed is None else seed, "generate"),
         )
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = sys.stdout.encoding or "utf-8"  # None where a caller has put another stream there
     for text in decode(tokenizer, completions):
         whole = text if chat else prompt + text  # an answer, or the text gone on with
-        print(whole.encode(encoding, "backslashreplace").decode(encoding))  # a terminal may lack a character
+        print(encodable(whole, encoding))
     return 0
 
 
