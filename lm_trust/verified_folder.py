@@ -92,13 +92,12 @@ def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
     Only one process at a time may build the same folder; a temporary one found here belongs to one that was killed.
 
     Args:
-        folder: the final place; what stands there is replaced.
+        folder: the final place; what stands there is replaced, and stays where the new one does not get there.
         build: writes the contents into the empty folder that it is given. What it raises is passed on, and nothing of
             what it wrote is kept.
     """
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        _remove(leftover)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    _remove_temporaries(folder)
+    temporary, aside = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
     temporary.mkdir()
     try:
         build(temporary)
@@ -106,11 +105,12 @@ def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
             follow_umask(file)
         if os.path.lexists(folder):
             # A folder with something in it cannot be replaced by a rename, so the old one steps aside first.
-            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"))
+            folder.rename(aside)
         temporary.rename(folder)
     finally:
-        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-            _remove(leftover)
+        if os.path.lexists(aside) and not os.path.lexists(folder):
+            aside.rename(folder)
+        _remove_temporaries(folder)
 
 
 @contextmanager
@@ -137,6 +137,12 @@ def _files(folder: Path) -> dict[str, Path]:
     """Every file under `folder` but its manifest, by its path relative to the folder."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in found if path != folder / MANIFEST}
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Those of this folder alone: `model.v2` may be being built beside `model`."""
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}.tmp"):
+        _remove(leftover)
 
 
 def _sha256(path: Path) -> str:

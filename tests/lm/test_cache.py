@@ -1,5 +1,6 @@
 """The cache gives out whole folders only: whatever is broken is noticed, reported once and rebuilt."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -308,3 +309,31 @@ def test_a_name_with_brackets_leaves_nothing_beside_it(tmp_path):
         with pytest.raises(ValueError):
             replace_folder(target, fail)
         assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["m[1]", "m[1]/file"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "the disk"), KeyboardInterrupt()])
+def test_the_old_folder_stays_where_the_new_one_does_not_get_there(tmp_path, monkeypatch, error):
+    target = tmp_path / "adapter"
+    replace_folder(target, lambda folder: (folder / "file").write_text("old"))
+    rename, renamed = Path.rename, []
+
+    def fail_at_the_second(path, place):
+        renamed.append(path)
+        if len(renamed) == 2:
+            raise error
+        return rename(path, place)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_second)
+    with pytest.raises(type(error)):
+        replace_folder(target, lambda folder: (folder / "file").write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert (target / "file").read_text() == "old"
+
+
+def test_a_folder_that_is_being_built_beside_one_of_a_like_name_stays(tmp_path):
+    def build(folder):
+        replace_folder(tmp_path / "model", lambda other: (other / "file").write_text("other"))
+        (folder / "file").write_text("whole")
+
+    replace_folder(tmp_path / "model.v2", build)
+    assert (tmp_path / "model.v2" / "file").read_text() == "whole"
