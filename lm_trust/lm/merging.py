@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, first_line
 from lm_trust.lm.loading import check_holds_adapter, load_adapter, load_base, load_tokenizer, wrapped_by_adapter
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.saving import generation_config, write_model
@@ -44,7 +44,8 @@ def merge_adapter(
         temperature: that the policy samples at.
 
     Raises:
-        UserError: the output is not free, cannot be written, or the model or the adapter cannot be loaded.
+        UserError: the output is not free, cannot be written, the model or the adapter cannot be loaded, or the adapter
+            cannot be merged, as one whose weights are not finite.
     """
     check_free(output)
     try:
@@ -56,7 +57,10 @@ def merge_adapter(
     model = load_adapter(load_base(path, **source), adapter, keep_reference=False)
     generation = generation_config(tokenizer, CausalPolicy(model, temperature))
     _keep_head(model)
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except Exception as error:  # each kind of adapter has its own for what it cannot add to a weight
+        raise UserError(f"{adapter}: the adapter could not be merged: {first_line(error)}") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_folder(output, lambda target: write_model(merged, tokenizer, generation, target))

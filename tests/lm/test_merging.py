@@ -140,3 +140,14 @@ def test_a_run_without_an_adapter_is_one_clear_line(saved, tmp_path):
     with pytest.raises(UserError, match=r"no adapter yet \(there is no adapter_config\.json in it\)") as error:
         merge_adapter(saved[0], tmp_path / "nothing", tmp_path / "merged")
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_that_is_not_finite_is_one_clear_line(model_folders, tmp_path):
+    policy = load_policy(str(model_folders("gpt2")), r=2)
+    with torch.no_grad():
+        next(each for each in policy.parameters() if each.requires_grad).fill_(torch.nan)
+    save_adapter(policy, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter: the adapter could not be merged: NaNs detected") as error:
+        merge_adapter(str(model_folders("gpt2")), tmp_path / "adapter", tmp_path / "merged")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
