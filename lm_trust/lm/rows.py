@@ -259,6 +259,8 @@ def _csv_rows(source: str, path: Path) -> Rows:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{source}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    # The module's own limit is for all readers, and less than a long text: 131,072 characters.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     first_line = 1  # a quoted value may hold line ends: a row is known by the line on which it begins

@@ -164,6 +164,11 @@ def test_csv_values_stay_the_strings_that_they_are(tmp_path):
     assert good(path) == [{"prompt": "NA", "answer": "007"}, {"prompt": "1984", "answer": ""}]
 
 
+def test_a_csv_value_may_be_as_long_as_a_book(tmp_path):
+    long = "very " * 30_000
+    assert good(write(tmp_path / "p.csv", f"prompt\n{long}\nshort\n")) == [{"prompt": long}, {"prompt": "short"}]
+
+
 # Malformed data
 
 
