@@ -58,7 +58,7 @@ class StageTraining(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the updates in which it rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: Rate = Field(1.0, description="gradients are clipped to this norm")
-    max_length: Positive = Field(512, description="tokens of a row; longer texts are cut, longer pairs left out")
+    max_length: Positive = Field(512, ge=2, description="tokens of a row; longer texts are cut, longer pairs left out")
 
 
 class RewardTraining(StageTraining):

@@ -196,6 +196,11 @@ def test_a_row_is_cut_at_the_context(stage, texts):
     assert stage("sft", [*texts, long], **{"training.max_steps": 1, "data.heldout_fraction": 0.9}) == 0
 
 
+def test_a_row_of_one_token_has_none_to_learn(stage, texts, capsys):
+    assert stage("sft", texts, **{"training.max_length": 1}) == 2
+    assert "training.max_length: must be at least 2, got 1" in capsys.readouterr().err
+
+
 def test_rows_without_room_for_a_completion_are_left_out_and_counted(stage, capsys):
     row = {"prompt": "the film was", "completion": "good"}
     rows = [{**row, "completion": word} for word in ("good", "bad", "dull", "bright")]
