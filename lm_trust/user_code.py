@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 
@@ -14,11 +14,20 @@ def import_user_module(name: str) -> ModuleType:
 
     Whatever the import raises is passed on; the search path is as before afterwards.
     """
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
+    with working_directory_importable():
+        return importlib.import_module(name)
+
+
+@contextmanager
+def working_directory_importable() -> Iterator[None]:
+    """Within the context the working directory is on the search path, as with `python -m`.
+
+    For the user's own calls too: they may import what is beside them as late as they are called.
+    """
+    sys.path.insert(0, "")
     importlib.invalidate_caches()
     try:
-        return importlib.import_module(name)
+        yield
     finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(directory)
+        with suppress(ValueError):
+            sys.path.remove("")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_trust.lm.reward_functions import Reward
+from lm_trust.user_code import working_directory_importable
 
 
 class CallTimeout(Exception):  # noqa: N818 - not an error until a reward's answer is missing for it
@@ -34,6 +35,7 @@ class Outcome:
     error: BaseException | None = None
 
 
+@working_directory_importable()
 def run_calls(
     function: Reward, calls: Sequence[Mapping[str, Any]], *, timeout: float | None = None, parallel: int = 1
 ) -> list[Outcome]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm_trust.errors import UserError
 from lm_trust.lm.reward_functions import exact_match, length, missing_eos, resolve_reward, vader
-from lm_trust.lm.rewards import RewardError, WeightedRewards
+from lm_trust.lm.rewards import RewardError, RewardPart, WeightedRewards
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, COMPLETIONS = ["The film", "The plot", "The cast"], [" was dull", "", " shone"]
@@ -138,6 +138,16 @@ def test_a_dotted_path_finds_a_module_in_the_working_directory(module):
     for name in ("my_scores.own:twice", "my_scores.own.twice"):
         assert score(name).total.tolist() == [2.0, 2.0, 2.0]
         assert WeightedRewards([(name, 1.0)]).names == ["twice"]
+    assert sys.path == path
+
+
+@pytest.mark.parametrize("settings", [{}, {"timeout": 60}])
+def test_a_function_may_import_what_is_beside_it_as_late_as_it_is_called(module, settings):
+    module("late", "def two(completions):\n    import late_helper\n    return [late_helper.two] * len(completions)\n")
+    module("late_helper", "two = 2\n")
+    path = list(sys.path)
+    rewards = WeightedRewards([RewardPart("late:two", **settings)])
+    assert rewards.score(["a"], ["b"]).total.tolist() == [2.0]
     assert sys.path == path
 
 
