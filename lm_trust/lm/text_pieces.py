@@ -21,11 +21,19 @@ def token_texts(beginnings: list[str]) -> list[str]:
         if text.endswith(_UNFINISHED_CHARACTER):
             added.append("")
             continue
-        # Where decoding changes what it said before, as tokenizers do that take out spaces, what differs is added.
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(said, text, strict=False)))
-        added.append(text[shared:])
+        added.append(text[_shared(said, text) :])
         said = text
     return added
+
+
+def _shared(said: str, text: str) -> int:
+    """How many characters of what was said before the text begins with.
+
+    Decoding may change some, as tokenizers do that take out spaces: then what differs is added.
+    """
+    if text.startswith(said):  # nearly always; character by character a completion of 500 tokens took half a second
+        return len(said)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(said, text, strict=False)))
 
 
 def cut_steps(text: str, delimiter: str) -> list[tuple[str, int]]:

@@ -21,6 +21,14 @@ def test_a_character_belongs_to_the_token_that_completes_it():
     assert token_texts(["", "a", "a\ufffd", "a\ufffd", "a☕", "a☕\ufffd"]) == ["a", "", "", "☕", ""]
 
 
+def test_a_long_text_is_not_compared_character_by_character():
+    class Text(str):
+        def __iter__(self):
+            raise AssertionError("a completion of T tokens would cost T times its length")
+
+    assert token_texts([Text(text) for text in beginnings("very", " very", " good")]) == ["very", " very", " good"]
+
+
 def test_where_decoding_takes_back_a_space_what_differs_is_added():
     assert token_texts(["", "well", "well ", "well,", "well, so"]) == ["well", " ", ",", " so"]
 
