@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from lm_trust.child import Child
+from lm_trust.child import Child, ChildDied
 from lm_trust.control.acting import OfRows, Sampler
 from lm_trust.control.playing import play
 from lm_trust.control.vector import Environments, require_separate
@@ -86,10 +87,12 @@ class EnvironmentProcesses:
             warnings.warn(message, stacklevel=2)
 
     def close(self) -> None:
-        """Close every environment, and end the children."""
-        self._here.close()
-        for child in self._children:
-            child.close()
+        """Close every environment in the process that plays it, and end the children."""
+        with ExitStack() as left:  # done even where an environment fails to close
+            for child in self._children:
+                left.callback(child.close)
+                left.callback(_close_in, child)
+            self._here.close()
 
     def _in_each(self, method: str, given: Sequence[tuple]) -> list[Any]:
         """What a method of `_Player` gives in each process.
@@ -121,8 +124,17 @@ class _Player:
     def state_dict(self) -> dict[str, Any]:
         return self._environments.state_dict()
 
+    def close(self) -> None:
+        self._environments.close()
+
     def load(self, state: dict[str, Any]) -> list[str]:
         """What it warns of: here it might not be heard."""
         with warnings.catch_warnings(record=True, action="always") as caught:
             self._environments.load_state_dict(state)
         return [str(warning.message) for warning in caught]
+
+
+def _close_in(child: Child) -> None:
+    """Close the environments of a child that may be gone, or closed before."""
+    with suppress(ChildDied):
+        child.call("close")

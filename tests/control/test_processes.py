@@ -46,6 +46,15 @@ class Forgetful(Counter):
         return super().reset(seed=Forgetful.count)
 
 
+class Diary(Counter):
+    """Writes down on closing how far its episode has come."""
+
+    folder = None
+
+    def close(self):
+        (self.folder / str(id(self))).write_text(str(self.steps))
+
+
 @dataclass
 class Script:
     """Draws what is written, (T, B)."""
@@ -66,7 +75,9 @@ def make(monkeypatch):
         made.append(make_environments(f"{__name__}:{name}", count, seed=3, processes=processes))
         return made[-1]
 
-    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Counter=Counter, Forgetful=Forgetful, Script=Script))
+    monkeypatch.setitem(
+        sys.modules, __name__, SimpleNamespace(Counter=Counter, Forgetful=Forgetful, Diary=Diary, Script=Script)
+    )
     yield make
     for environments in made:
         environments.close()
@@ -133,6 +144,15 @@ def test_an_environment_that_raises_is_heard_and_nothing_is_left_over(make, row)
         environments.play(Script(actions), 4)
     environments.load_state_dict(state)
     assert_same(expected, rollout(environments, 4))
+
+
+def test_each_environment_is_closed_where_it_was_played(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(Diary, "folder", tmp_path)
+    environments = make(3, name="Diary")
+    rollout(environments, 2)
+    environments.close()
+    assert [note.read_text() for note in tmp_path.iterdir()] == ["2"] * 5
+    environments.close()  # again, with nobody there
 
 
 class Shifted(MLPPolicy):
