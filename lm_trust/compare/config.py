@@ -76,6 +76,8 @@ class CompareConfig(Section):
                 problems.append((f"rules.{name}", "the page calls the start so; choose another name"))
             if "update" in rule.also:
                 problems.append((f"rules.{name}.also", "the update section stands in update"))
+            if "seed" in rule.also or rule.knob == "seed":  # its runs would pass for those of the other seeds
+                problems.append((f"rules.{name}", "seed is what seeds sets, alike for all rules"))
         if len(set(self.seeds)) < len(self.seeds):
             problems.append(("seeds", "the same seed stands there twice"))
         for name in self.one_update.values if self.one_update else ():

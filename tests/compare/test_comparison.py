@@ -120,6 +120,8 @@ def test_a_knob_has_the_values_of_its_key(files):
             "one_update: candidates differ in more than their update: trpo has advantage.lam 0.95 and ppo_clip 0.9;",
         ),
         ([("rules.trpo.also", "{update: {}}")], "the update section stands in update"),
+        ([("rules.trpo.also", "{seed: 5}")], "rules.trpo: seed is what seeds sets"),
+        ([("rules.trpo.knob", "seed"), ("rules.trpo.values", "[3, 4]")], "rules.trpo: seed is what seeds sets"),
         ([("seed", "[0]")], "seed: unknown key; did you mean seeds?"),
     ],
 )
