@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lm_trust.compare.statistics import (
+    Estimate,
     bootstrap_mean,
     interquartile_mean,
     known,
@@ -134,14 +135,19 @@ def improvement_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: i
     for kl in kls:
         found = {rule: _best(members, kl).rewards for rule, members in _by_rule(curves).items()}
         reached = {rule: rewards for rule, rewards in found.items() if len(rewards) == seeds}
-        for rule, rewards in reached.items():
-            for other in reached:
-                if other != rule:
-                    pair = rewards, reached[other]
-                    wins = probability_of_improvement(*pair)
-                    row = {"kl": kl, "rule": rule, "other": other, "probability": wins.value}
-                    rows.append(row | {"low": wins.low, "high": wins.high, "p_value": mann_whitney(*pair)})
+        for one, other in combinations(reached, 2):
+            pair = reached[one], reached[other]
+            wins, p_value = probability_of_improvement(*pair), mann_whitney(*pair)
+            for names, seen in (((one, other), wins), ((other, one), _reversed(wins))):
+                row = zip(("kl", "rule", "other", "probability", "low", "high"), (kl, *names, *seen), strict=True)
+                rows.append(dict(row) | {"p_value": p_value})
     return rows
+
+
+def _reversed(wins: Estimate) -> Estimate:
+    """P(b > a) from P(a > b): a bootstrap of its own would have another interval, by its other draws."""
+    low, high = (None if end is None else 1 - end for end in (wins.high, wins.low))
+    return Estimate(1 - wins.value, low, high)
 
 
 class _Best(NamedTuple):

@@ -190,3 +190,18 @@ def test_the_improvement_table_has_both_orders_of_every_pair_that_got_there():
     assert (rows[2]["probability"], rows[2]["low"], rows[2]["high"]) == pytest.approx(tuple(expected))
     assert rows[2]["probability"] + rows[3]["probability"] == pytest.approx(1)
     assert rows[0]["probability"] == 1.0
+
+
+def test_both_orders_of_a_pair_have_one_interval():
+    random = np.random.default_rng(0)
+    runs = [straight(slope, rule=rule, seed=seed) for rule, mean in (("trpo", 0.3), ("ppo", 0.0), ("reinforce", -0.2))
+            for seed, slope in enumerate(random.normal(mean, 1, 5))]  # fmt: skip
+    rows = {(row["rule"], row["other"]): row for row in improvement_table(runs, [1.0], seeds=5)}
+    assert len(rows) == 6
+    for (rule, other), row in rows.items():
+        mirrored = rows[other, rule]
+        assert row["low"] < row["probability"] < row["high"]
+        assert (row["low"], row["high"]) == pytest.approx((1 - mirrored["high"], 1 - mirrored["low"]))
+        assert row["p_value"] == mirrored["p_value"]
+    (one,) = {row["low"] for row in improvement_table([run for run in runs if run.seed == 0], [1.0], seeds=1)}
+    assert one is None
