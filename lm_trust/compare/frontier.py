@@ -53,9 +53,7 @@ def reward_at(curve: Curve, kl: float) -> float | None:
 
     A trajectory may go back and forth, and may come to the KL from above.
     """
-    places, rewards = np.asarray(curve.kl, dtype=float), np.asarray(curve.reward, dtype=float)
-    finite = np.isfinite(places) & np.isfinite(rewards)
-    places, rewards = places[finite], rewards[finite]
+    places, rewards = _evaluated(curve)
     for index, place in enumerate(places):
         if place == kl:
             return float(rewards[index])
@@ -63,6 +61,13 @@ def reward_at(curve: Curve, kl: float) -> float | None:
             share = (kl - places[index - 1]) / (place - places[index - 1])
             return float((1 - share) * rewards[index - 1] + share * rewards[index])
     return None
+
+
+def _evaluated(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """KLs and rewards where both are known."""
+    places, rewards = np.asarray(curve.kl, dtype=float), np.asarray(curve.reward, dtype=float)
+    finite = np.isfinite(places) & np.isfinite(rewards)
+    return places[finite], rewards[finite]
 
 
 def limit_at(limit: Record | None, kl: float) -> dict[str, float | None] | None:
@@ -99,6 +104,23 @@ def frontier(curves: Sequence[Curve], grid: np.ndarray, *, seeds: int) -> list[d
         }
         entries.append(entry)
     return entries
+
+
+def reached_kls(curves: Sequence[Curve], count: int, *, seeds: int) -> np.ndarray:
+    """Evenly spaced KLs, `count` at most, from the least to the greatest that all seeds reached with a knob value.
+
+    Args:
+        curves: of one rule.
+    """
+    runs: dict[float | None, list[np.ndarray]] = {}
+    for curve in curves:
+        runs.setdefault(curve.value, []).append(_evaluated(curve)[0])
+    whole = [places for places in runs.values() if len(places) == seeds and all(map(len, places))]
+    spans = [(max(map(np.min, places)), min(map(np.max, places))) for places in whole]
+    spans = [span for span in spans if span[0] <= span[1]]
+    if not spans:
+        return np.empty(0)
+    return np.unique(np.linspace(min(low for low, _ in spans), max(high for _, high in spans), count))
 
 
 def matched_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: int) -> list[dict[str, Any]]:

@@ -9,12 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 from pyarrow import parquet
 
 from lm_trust.compare.config import Comparison
-from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table
+from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table, reached_kls
 from lm_trust.compare.results import curves_of, read_cell, same_start, side_by_side, table
 from lm_trust.compare.summary import summarise
 from lm_trust.errors import UserError
@@ -24,7 +23,7 @@ from lm_trust.training.run_folder import RunFolder, json_text, read_json
 from lm_trust.verified_folder import replacing
 
 REPORT, RESULTS, PAGE = "report.json", "results.parquet", "report.html"
-_GRID = 40  # KLs at which the frontier is drawn
+_GRID = 40  # KLs at which a rule's frontier is drawn
 _PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy", "scipy")
 
 
@@ -61,7 +60,7 @@ def make_report(
         "cells": [one.summary for one in results],
         "same_start": same_start(results),
         "trajectories": [one.trajectory for one in results if one.trajectory],
-        "frontier": frontier(curves, _grid(curves), seeds=seeds) if curves else [],
+        "frontier": _frontier(curves, seeds),
         "matched": matched,
         "improvement": improvement_table(curves, kls, seeds=seeds),
         "limit": limit,
@@ -115,10 +114,13 @@ def _rules(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _grid(curves: Sequence[Curve]) -> np.ndarray:
-    """KLs from the least to the greatest that any rule had."""
-    found = np.concatenate([curve.kl for curve in curves])
-    return np.linspace(found.min(), found.max(), _GRID)
+def _frontier(curves: Sequence[Curve], seeds: int) -> list[dict[str, Any]]:
+    """Each rule over its own KLs: on a grid that all share, a rule that went far would leave the others no place."""
+    entries = []
+    for rule in dict.fromkeys(curve.rule for curve in curves):
+        own = [curve for curve in curves if curve.rule == rule]
+        entries += frontier(own, reached_kls(own, _GRID, seeds=seeds), seeds=seeds)
+    return entries
 
 
 def _shown_values(comparison: Comparison, matched: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -242,6 +242,21 @@ def test_the_report_counts_the_seeds_that_were_asked_for(files, monkeypatch):
     assert [(row["seeds"], row["mean"]) for row in report["matched"]] == [(2, pytest.approx(1.0))] * 2
 
 
+def test_a_rule_that_went_far_leaves_the_others_their_frontier(files, monkeypatch):
+    reward = np.array([0.0, 9.0])
+    curves = [
+        Curve(rule, None, seed, np.array(kl), reward)
+        for rule, kl in (("trpo", [0.001, 0.01]), ("ppo_clip", [0.02, 3.0]))
+        for seed in (0, 1)
+    ]
+    monkeypatch.setattr("lm_trust.compare.report.curves_of", lambda *_, **__: curves)
+    report, _ = make_report(load(files), None, None, {})
+    assert [(entry["kl"][0], entry["kl"][-1], len(entry["kl"])) for entry in report["frontier"]] == [
+        (0.001, 0.01, 40),
+        (0.02, 3.0, 40),
+    ]
+
+
 def test_a_control_seed_without_one_of_the_values_has_no_curve(files):
     """Of three values the middle one earns the most; a line from the first to the last would cross it far below."""
     comparison = load(files, ("rules.trpo.values", "[0.01, 0.02, 0.03]"), ("one_update", "null"))

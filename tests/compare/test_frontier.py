@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table, reward_at
+from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table, reached_kls, reward_at
 from lm_trust.compare.statistics import bootstrap_mean, probability_of_improvement
 
 NAN = float("nan")
@@ -138,6 +138,20 @@ def test_control_has_a_curve_a_seed_through_its_knob_values():
         assert entry["kl"] == [0.02, 0.03]
         assert entry["reward"] == pytest.approx([205, 310])
         assert entry["value"] == [None, None]
+
+
+def test_the_kls_of_a_rule_are_those_that_all_seeds_reached():
+    trpo = [run for run in sweep() if run.rule == "trpo"]
+    assert reached_kls(trpo, 5, seeds=3).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    (entry,) = frontier(trpo, reached_kls(trpo, 5, seeds=3), seeds=3)
+    assert entry["kl"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert len(reached_kls(trpo, 5, seeds=4)) == 0
+    # Of seeds that met on a thousandth of what one of them went through.
+    ends = ([0.001, 0.003], [0.002, 9.0], [NAN, 0.0015, 0.004])
+    apart = [curve(kl, range(len(kl)), value=None, seed=seed) for seed, kl in enumerate(ends)]
+    assert reached_kls(apart, 3, seeds=3) == pytest.approx([0.002, 0.0025, 0.003])
+    assert reached_kls([*apart[:2], curve([0.5, 1], [0, 1], value=None)], 3, seeds=3).size == 0
+    assert reached_kls([curve([NAN], [1])], 3, seeds=1).size == 0
 
 
 def test_the_matched_table():
