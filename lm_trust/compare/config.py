@@ -34,7 +34,9 @@ class Rule(Section):
 class Limit(Section):
     """Samples of the reference that the limit of reward per nat is estimated from."""
 
-    prompts: Positive = Field(24, description="held-out prompts, from the first")
+    prompts: Positive = Field(
+        24, description="held-out prompts, from the first; to tell a rule's share: as many as it is evaluated on"
+    )
     samples: Annotated[Positive, Field(ge=8)] = Field(128, description="completions of each")
 
 

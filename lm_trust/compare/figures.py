@@ -26,6 +26,7 @@ from lm_trust.compare.figure_parts import (
     safe,
     spread,
 )
+from lm_trust.compare.frontier import limit_of_other_prompts
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
@@ -74,6 +75,9 @@ def frontier_figure(report: Record, styles: Styles) -> dict[str, Any]:
             f"the reference. Both are estimated from {limit['samples']} samples of each of {limit['prompts']} prompts, "
             "which makes the limit too low rather than too high; areas and bars: their 95 % intervals over prompts."
         )
+        others = limit_of_other_prompts(limit)
+        if others is not None:
+            caption.append(f"The rules are evaluated on {others} prompts, whose limit may lie elsewhere.")
     if matched:
         caption.append("Thin upright lines: the KLs of the table below.")
     shape = layout(

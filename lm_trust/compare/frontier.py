@@ -83,6 +83,15 @@ def limit_at(limit: Record | None, kl: float) -> dict[str, float | None] | None:
     return None
 
 
+def limit_of_other_prompts(limit: Record) -> int | None:
+    """How many prompts the rules are evaluated on, where the limit is of fewer or more of them.
+
+    Prompts differ in their rewards by as much as rules do, so that then no rule's part of the limit can be told.
+    """
+    evaluated = limit.get("evaluated_prompts")  # earlier versions did not note it
+    return None if evaluated is None or evaluated == limit["prompts"] else evaluated
+
+
 def frontier(curves: Sequence[Curve], grid: np.ndarray, *, seeds: int) -> list[dict[str, Any]]:
     """Each rule's best mean reward over all seeds at the KLs of the grid that it reached.
 

@@ -127,9 +127,11 @@ def _limit(comparison: Comparison) -> dict[str, Any]:
     from lm_trust.compare.limit import limit_curves, reference_rewards
     from lm_trust.training.build import build_world
 
-    trainer, section = build_world(comparison.cells[0].config).trainer, comparison.config.limit
+    config, section = comparison.cells[0].config, comparison.config.limit
+    trainer = build_world(config).trainer
     try:
-        return limit_curves(reference_rewards(trainer.task, trainer.policy, section.prompts, section.samples))
+        found = limit_curves(reference_rewards(trainer.task, trainer.policy, section.prompts, section.samples))
+        return found | {"evaluated_prompts": min(config.evaluation.count, len(trainer.task.heldout.ids))}
     finally:
         trainer.task.close()
 

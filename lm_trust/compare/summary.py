@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 
 from lm_trust.compare.fresh_samples import clustered_mean
-from lm_trust.compare.frontier import Curve, limit_at, reward_at
+from lm_trust.compare.frontier import Curve, limit_at, limit_of_other_prompts, reward_at
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import nats_text, number_text
 from lm_trust.training.run_folder import Record
@@ -162,6 +162,9 @@ def _share_of_limit(report: Record, best: Record) -> list[str]:
     start, top = next(point["reward"] for point in limit["best_of_n"] if point["n"] == 1), most["reward"]
     share = (best["mean"] - start) / (top - start)
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
+    others = limit_of_other_prompts(limit)
+    if others is not None:
+        bought = f", on {limit['prompts']} prompts where the rules are evaluated on {others}"
     gain = f"{number_text(top)}, from {number_text(start)} at the start"
     return [f"The most that {nats_text(best['kl'])} can buy is estimated at {gain}{bought}."]
 

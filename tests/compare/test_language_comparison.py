@@ -88,7 +88,7 @@ def test_the_limit_begins_at_the_reference(report):
     limit = report["limit"]
     first = next(point for point in limit["best_of_n"] if point["n"] == 1)
     assert first["kl"] == pytest.approx(0, abs=1e-9)
-    assert (limit["prompts"], limit["samples"]) == (4, 32)
+    assert (limit["prompts"], limit["samples"], limit["evaluated_prompts"]) == (4, 32, 8)
     kls = [point["kl"] for point in sorted(limit["tilted"], key=lambda point: point["reward"])]
     assert np.all(np.diff(kls) > -1e-9)
 

@@ -13,7 +13,7 @@ from synthetic_report import NASTY, RULES, SEEDS, synthetic_report
 
 from lm_trust.compare import page_tables
 from lm_trust.compare.figure_parts import ON_DARK, SYMBOLS, rule_styles
-from lm_trust.compare.figures import BEST_OF_N, LIMIT
+from lm_trust.compare.figures import BEST_OF_N, LIMIT, frontier_figure
 from lm_trust.compare.frontier import Curve, improvement_table, limit_at
 from lm_trust.compare.page import shown_values, write_page
 from lm_trust.training.compare_curves import COLOURS
@@ -204,6 +204,14 @@ def test_frontier_with_its_limit(page, language):
     assert stars["y"][place] == pytest.approx(point["reward"], rel=1e-4)
     assert stars["error_y"]["array"][place] == pytest.approx(point["high"] - point["reward"], rel=1e-3)
     assert stars["error_x"]["arrayminus"][place] == pytest.approx(point["kl"] - point["kl_low"], rel=1e-3)
+
+
+@pytest.mark.parametrize("evaluated, told", [(24, False), (64, True)])
+def test_a_limit_of_other_prompts_says_so(evaluated, told):
+    report, _ = synthetic_report(prompts=1)
+    report["limit"]["evaluated_prompts"] = evaluated
+    caption = frontier_figure(report, rule_styles(RULES))["caption"]
+    assert ("evaluated on 64 prompts, whose limit may lie elsewhere" in caption) == told
 
 
 def test_the_clipped_share_is_drawn_of_the_rules_that_clip(page, control_page, tmp_path):

@@ -171,9 +171,13 @@ def test_the_share_of_the_limit_is_of_its_gain():
     points = [
         {"kl": kl, "reward": reward, "low": None, "high": None} for kl, reward in ((0.0, 0.1), (1.0, 0.7), (3.0, 1.1))
     ]
-    limit = {"tilted": points, "best_of_n": [{"n": 1, "kl": 0.0, "reward": 0.1}]}
+    limit = {"tilted": points, "best_of_n": [{"n": 1, "kl": 0.0, "reward": 0.1}], "prompts": 24, "samples": 8}
     text = " ".join(summarise(report_of(curves, limit=limit), curves))
     assert "estimated at 0.9, from 0.1 at the start: trpo gets 50% of that gain." in text
+    for evaluated in (24, 64):
+        text = " ".join(summarise(report_of(curves, limit=limit | {"evaluated_prompts": evaluated}), curves))
+        assert ("of that gain" in text) == (evaluated == 24)
+    assert "0.9, from 0.1 at the start, on 24 prompts where the rules are evaluated on 64." in text
     worse = [curve("trpo", seed, 0.05) for seed in (0, 1)]
     assert "from 0.1 at the start." in " ".join(summarise(report_of(worse, limit=limit), worse))
 
