@@ -117,7 +117,10 @@ def test_rules_that_the_address_hides(language):
 
 def test_control(tmp_path):
     write_page(*synthetic_report("control"), tmp_path / "report.html")
-    dom, console = browse(tmp_path / "report.html", tmp_path / "profile")
+    # A link to an earlier page: what this one does not offer is shown as usual.
+    state = "#axis=hours&knob.trpo=0.5&knob.ppo_clip=0.0003"
+    dom, console = browse(tmp_path / "report.html", tmp_path / "profile", state)
     assert console == []
+    assert dom.words["shown-values"] == "Shown: trpo at 0.01, ppo_clip at 0.0003, ppo_trust at 0.006."
     assert len(dom.plots) == 9 and dom.drawn == set(dom.plots) and not dom.cards
     assert "environment steps" in dom.words["figure-course-reward"]

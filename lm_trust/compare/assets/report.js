@@ -20,10 +20,15 @@
   let room = PAGE;
   let printing = false;
 
-  // The state and the address.
+  // The state and the address, which may be of an earlier page with other knob values.
+  const isOffered = (key, value) => {
+    if (key === "axis") return all("button[data-axis]").some((button) => button.dataset.axis === value);
+    const select = knobs.find(({ dataset }) => key === `knob.${dataset.knob}`) ?? byId(key);
+    return !select?.options || [...select.options].some((option) => option.value === value);
+  };
   const readAddress = () => {
     const given = location.hash.includes("=") ? new URLSearchParams(location.hash.slice(1)) : new URLSearchParams();
-    const told = Object.keys(usual).filter((key) => given.has(key));
+    const told = Object.keys(usual).filter((key) => given.has(key) && isOffered(key, given.get(key)));
     state = { ...usual, ...Object.fromEntries(told.map((key) => [key, given.get(key)])) };
     return told;
   };
