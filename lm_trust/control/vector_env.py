@@ -164,7 +164,7 @@ class VectorEnvironments:
             return
         bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
         if bad.any():
-            copy = int(bad.argmax()) if row is None else row
+            copy = self._placed.first + (int(bad.argmax()) if row is None else row)
             raise UserError(
                 f"environment {self.name}, copy {copy}: nan or infinity in the {what} at step {self._steps} of the run"
             )

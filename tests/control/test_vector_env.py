@@ -14,6 +14,7 @@ from torch import nn
 from lm_trust.control import ControlTask, Environments, MLPPolicy, ObservationNormaliser, value_network
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core import gae
+from lm_trust.core.processes import RowRange
 from lm_trust.errors import UserError
 from lm_trust.training.config_learning import Gae
 from lm_trust.training.critic import ValueCritic
@@ -333,6 +334,14 @@ def test_nan_in_a_final_observation_is_found_behind_the_next_ones_first():
     environments.vector_env.envs[2].broken["observation"] = 1
     with pytest.raises(UserError, match="copy 2: nan or infinity in the final observation"):
         environments.step(np.zeros((3, 2), np.float32))
+
+
+def test_a_copy_is_named_by_its_number_in_the_whole_run():
+    vector_env = SyncVectorEnv([lambda number=number: Repeating(number) for number in (3, 4)], autoreset_mode=SAME)
+    environments = VectorEnvironments("Repeating", vector_env, seed=0, placed=RowRange(3, 2, 5))
+    vector_env.envs[1].broken["reward"] = 1
+    with pytest.raises(UserError, match="environment Repeating, copy 4: nan or infinity in the reward"):
+        environments.step(np.zeros((2, 2), np.float32))
 
 
 class Wrong(VectorEnv):
