@@ -95,6 +95,7 @@ class Environments:
         self._cursor = 0  # actions in the log
         self._started = [0] * self.count  # where in the log each environment's episode began
         self._episodes = [0] * self.count
+        self._returns = np.zeros(self.count)  # of the present episodes
         for row in range(self.count):
             self.observations[row] = self._begin(row, 0)
 
@@ -150,6 +151,7 @@ class Environments:
             self._require_finite(observations, "observation")
             self._require_finite(rewards, "reward")
 
+        self._returns += rewards
         final = {}
         for row in (terminated | truncated).nonzero()[0].tolist():
             final[row] = observations[row].copy()
@@ -158,10 +160,11 @@ class Environments:
         return Transition(rewards, terminated, truncated, valid, final)
 
     def state_dict(self) -> dict[str, Any]:
-        """Each environment's episode, the actions taken in it, and what was seen last."""
+        """Each environment's episode, the actions taken in it, what was seen last, and what was earned."""
         return {
             "episodes": torch.tensor(self._episodes),
             "observations": torch.from_numpy(self.observations.copy()),
+            "returns": torch.from_numpy(self._returns.copy()),
             "actions": {
                 str(row): torch.from_numpy(self._log[start : self._cursor, row].copy())
                 for row, start in enumerate(self._started)
@@ -172,7 +175,7 @@ class Environments:
         """The state of all of a run's environments from those of each process's."""
         actions = [taken for state in states for taken in state["actions"].values()]
         return {
-            **{name: torch.cat([state[name] for state in states]) for name in ("episodes", "observations")},
+            **{name: torch.cat([state[name] for state in states]) for name in ("episodes", "observations", "returns")},
             "actions": {str(row): taken for row, taken in enumerate(actions)},
         }
 
@@ -181,8 +184,9 @@ class Environments:
 
         Exact for an environment that is a function of its reset seed and its actions, as gymnasium asks and
         as its classic control and MuJoCo ones are. One that draws from the global generators, reads a clock
-        or carries something from one episode into the next comes back different; that is noticed and warned
-        about. The time it takes, and the memory to be able to, are those of the present episodes alone.
+        or carries something from one episode into the next comes back different; where what it shows or pays
+        in the present episodes tells so, there is a warning. The time it takes, and the memory to be able to,
+        are those of the present episodes alone.
 
         Raises:
             UserError: the state is of another number of environments.
@@ -198,7 +202,9 @@ class Environments:
         for row, taken in enumerate(actions):
             self._log[self._started[row] : self._cursor, row] = taken
             self.observations[row] = self._replay(row, taken)
-        if not np.array_equal(self.observations, state["observations"][self._placed.slice].numpy()):
+        found = {"observations": self.observations, "returns": self._returns}
+        saved = {name: state[name][self._placed.slice].numpy() for name in found if name in state}  # of old, no returns
+        if not all(np.array_equal(found[name], values) for name, values in saved.items()):
             warnings.warn(
                 f"environment {self.name} is not deterministic given its seed: the resumed run differs from "
                 "one that was never stopped",
@@ -212,7 +218,7 @@ class Environments:
 
     def _begin(self, row: int, episode: int) -> np.ndarray:
         """Reset one environment to the given episode, and return its first observation, (O,)."""
-        self._episodes[row], self._started[row] = episode, self._cursor
+        self._episodes[row], self._started[row], self._returns[row] = episode, self._cursor, 0.0
         # 31 bits, because some environments hand their seed to a 32-bit generator.
         seed = stream_seed(self._seed, f"control.episode/{self._placed.first + row}/{episode}") >> 32
         try:
@@ -253,7 +259,8 @@ class Environments:
         encoded = self._begin(row, self._episodes[row])
         self._started[row] = started
         for action in actions.copy():
-            observation, _, end, limit, _ = self._step_functions[row](action)
+            observation, reward, end, limit, _ = self._step_functions[row](action)
+            self._returns[row] += float(reward)
             if end or limit:  # only where the environment does not repeat itself
                 return self._begin(row, self._episodes[row] + 1)
             encoded = observation if self._encode is None else self._encode(observation)

@@ -3,11 +3,12 @@
 import copy
 import json
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 
-from lm_trust.control import ControlTask, MLPPolicy, ObservationNormaliser, make_environments
+from lm_trust.control import ControlTask, Environments, MLPPolicy, ObservationNormaliser, make_environments
 from lm_trust.core import gae
 from lm_trust.errors import UserError
 
@@ -233,6 +234,22 @@ def test_an_environment_that_cannot_be_resumed_exactly_is_warned_about(clocks, f
     with pytest.warns(UserWarning, match="Clock is not deterministic"):
         resumed.load_state_dict(task.state_dict())
     resumed.collect(policy_for(clocks(2)))
+
+
+def test_rewards_that_come_back_different_are_warned_about_too():
+    """Those that gymnasium scales by what it has seen in all episodes so far."""
+
+    def make():
+        wrapped = [gymnasium.wrappers.NormalizeReward(gymnasium.make("CartPole-v1")) for _ in range(2)]
+        return Environments("CartPole", wrapped, seed=0)
+
+    task = task_for(make(), steps=50)
+    task.collect(policy_for(make()))
+    state = task.state_dict()
+    with pytest.warns(UserWarning, match="CartPole is not deterministic"):
+        task_for(make(), steps=50).load_state_dict(state)
+    del state["environments"]["returns"]  # a checkpoint of an earlier version
+    task_for(make(), steps=50).load_state_dict(state)
 
 
 def test_a_state_of_another_number_of_environments_is_refused(clocks):
