@@ -44,6 +44,10 @@ def matched(report: Record) -> list[dict[str, Any]]:
                 if row["mean"] is None:
                     mean, iqm = f"{missed} {seeds - reached} of {seeds} seeds", MISSING
                 rows.append([row["rule"], mean, iqm, knob_text(row["value"]) or MISSING, str(seeds)])
+        of_runs, seeds = {row[0] for row in rows}, len(report.get("seeds") or ())
+        for rule in report.get("rules") or ():
+            if rule["name"] not in of_runs:  # it has no curve: its runs failed, or are not there yet
+                rows.append([rule["name"], f"{missed} {seeds} of {seeds} seeds", MISSING, MISSING, str(seeds)])
         groups.append({"kl": nats_text(kl), "rows": rows, "limit": _most(report, kl)})
     return groups
 

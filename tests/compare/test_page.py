@@ -310,6 +310,14 @@ def test_matched_table(language):
     assert four["rows"][0][1] == "outside the runs of 2 of 3 seeds"
 
 
+def test_a_rule_without_any_whole_run_stands_in_the_matched_table():
+    report, _ = synthetic_report(prompts=1)
+    report["matched"] = [row for row in report["matched"] if row["rule"] != "trpo"]
+    for group in page_tables.matched(report):
+        assert sorted(row[0] for row in group["rows"]) == sorted(RULES)
+        assert group["rows"][-1] == ["trpo", "not reached by 3 of 3 seeds", "\u2013", "\u2013", "3"]
+
+
 def test_limit_between_its_points():
     points = [{"kl": kl, "reward": kl**2, "low": kl**2 - 1, "high": None} for kl in (0.5, 1.0, 3.0)]
     limit = {"tilted": points[::-1]}
