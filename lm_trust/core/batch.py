@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_trust.core.distributions import Distribution
+from lm_trust.core.rows import select_rows
 from lm_trust.core.shapes import require_a_step_each
 
 
@@ -18,7 +19,8 @@ class Rollout:
     """One iteration's experience: B rows (environments or sequences) of T steps.
 
     Attributes:
-        observations: what `policy.distribution` takes; rows are selected with `[rows]`, and it has a length.
+        observations: what `policy.distribution` takes; rows are selected with `[rows]` (of a dictionary or a tuple, its
+            parts'), and it has a length.
         actions: (B, T) or (B, T, A), as sampled (never clipped).
         rewards: (B, T), what the learner optimises; control may have scaled them.
         terminated: (B, T) bool, a true end.
@@ -90,7 +92,7 @@ class Batch:
     def __getitem__(self, rows: Any) -> Batch:
         """The batch of the chosen rows."""
         return Batch(
-            observations=self.observations[rows],
+            observations=select_rows(self.observations, rows),
             actions=self.actions[rows],
             old=self.old[rows],
             old_log_prob=self.old_log_prob[rows],

@@ -32,6 +32,7 @@ from lm_trust.core.linearisation import (
 from lm_trust.core.parameters import assign, flatten, trainable_parameters, unflatten
 from lm_trust.core.passes import is_sharded, passes
 from lm_trust.core.processes import placed_rows, summed
+from lm_trust.core.rows import row_count, select_rows
 from lm_trust.core.shapes import require_a_row_each, require_same_shape
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
@@ -48,7 +49,7 @@ class FisherOperator:
     Args:
         policy: a module with `distribution(observations)`.
         observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted and, without a
-            mask, counted by `len`.
+            mask, counted by `len`; of a dictionary or a tuple, the parts are.
         mask: (B, T) or (N,), True (or 1) at the steps that count; None counts all.
         damping: multiple of the identity that is added.
         method: see the module's text. "auto" is `gauss_newton`, or `finite_difference` where the policy's graph cannot
@@ -58,8 +59,9 @@ class FisherOperator:
             rows, and rebuilt for each otherwise, so that memory does not grow with B.
 
     Raises:
-        ValueError: an unknown method, one that a sharded policy cannot serve, a policy without trainable parameters or
-            a mask of other rows; from a product, a mask that is not of the steps' shape.
+        ValueError: an unknown method, one that a sharded policy cannot serve, a policy without trainable parameters, a
+            mask of other rows, or none where the observations' parts are not of one number of rows; from a product, a
+            mask that is not of the steps' shape.
     """
 
     def __init__(
@@ -86,9 +88,9 @@ class FisherOperator:
             require_a_row_each(observations, mask=mask)
         self._mask = mask = None if mask is None else mask.bool()
         # Of all processes: rows where every step counts, steps otherwise.
-        self._count = placed_rows(len(observations)).total if mask is None else summed(mask.sum()).clamp_min(1)
-        # Of a dict or a tuple len counts something else; the mask has the rows.
-        self._chunks = passes(policy, len(observations if mask is None else mask), microbatch_size)
+        rows = row_count(observations) if mask is None else len(mask)
+        self._count = placed_rows(rows).total if mask is None else summed(mask.sum()).clamp_min(1)
+        self._chunks = passes(policy, rows, microbatch_size)
         self._kept: dict[str, Product] = {}
         if linearisation is not None:
             self._kept["gauss_newton"] = _gauss_newton_of(linearisation, self._parameters, self._weights(slice(None)))
@@ -133,7 +135,7 @@ class FisherOperator:
         return total
 
     def _linearised(self, linearise: Callable[..., Product], rows: slice) -> Product:
-        observations = self._observations if len(self._chunks) == 1 else self._observations[rows]
+        observations = self._observations if len(self._chunks) == 1 else select_rows(self._observations, rows)
         with twice_differentiable():
             return linearise(self._policy, observations, self._parameters, self._weights(rows))
 

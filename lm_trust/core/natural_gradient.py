@@ -20,6 +20,7 @@ from lm_trust.core.objective import RowIndex, SurrogateObjective
 from lm_trust.core.passes import is_sharded
 from lm_trust.core.preconditioner import Preconditioner, gradient_preconditioner
 from lm_trust.core.report import StepReport
+from lm_trust.core.rows import select_rows
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def natural_gradient(
 
     fisher = FisherOperator(
         objective.policy,
-        observations if fisher_fraction >= 1 else observations[rows],
+        observations if fisher_fraction >= 1 else select_rows(observations, rows),
         mask=objective.mask[rows],
         method=fisher_method,
         linearisation=objective.linearisation,

@@ -20,6 +20,7 @@ from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_a
 from lm_trust.core.parameters import flatten
 from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, placed_rows, summed
+from lm_trust.core.rows import select_rows
 from lm_trust.core.shapes import require_a_row_each, require_a_step_each
 from lm_trust.core.surrogate import ratio
 
@@ -254,7 +255,7 @@ class SurrogateObjective:
         return values if isinstance(values, tuple) else (values,)
 
     def _select(self, rows: RowIndex) -> Any:
-        return self._observations if len(self._chunks) == 1 else self._observations[rows]
+        return self._observations if len(self._chunks) == 1 else select_rows(self._observations, rows)
 
 
 def _possible(actions: Tensor, mask: Tensor) -> Tensor:

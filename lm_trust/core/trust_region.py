@@ -57,7 +57,8 @@ def trust_region_step(
 
     Args:
         policy: a module with `distribution(observations)`; its parameters with requires_grad move.
-        observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted.
+        observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted (of a dictionary or
+            a tuple, its parts').
         actions: (B, T), (B, T, A), (N,) or (N, A); where masked, anything.
         advantages: (B, T) or (N,).
         mask: like advantages, True (or 1) at real actions; None counts all.

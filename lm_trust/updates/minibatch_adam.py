@@ -25,6 +25,7 @@ from lm_trust.core.parameters import assign, flatten, trainable_parameters
 from lm_trust.core.passes import passes
 from lm_trust.core.processes import placed_rows, sum_gradients, summed
 from lm_trust.core.report import StepReport
+from lm_trust.core.rows import select_rows
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.trust_region import line_search
 from lm_trust.updates.reference_budget import ReferenceBudget
@@ -355,7 +356,7 @@ def backward(
     for rows in passes(policy, len(minibatch), microbatch_size) or [slice(0)]:
         values = per_step(
             objective,
-            [policy.distribution(minibatch.observations[rows]), *[other[rows] for other in others]],
+            [policy.distribution(select_rows(minibatch.observations, rows)), *[other[rows] for other in others]],
             *[minibatch.actions[rows], minibatch.advantages[rows], old_log_prob[rows], mask[rows]],
             *[extra[rows] for extra in extras],
         )

@@ -23,6 +23,7 @@ from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, summed
 from lm_trust.core.report import StepReport
+from lm_trust.core.rows import select_rows
 from lm_trust.core.surrogate import ratio
 from lm_trust.updates.adam_rule import AdamRule
 
@@ -67,7 +68,8 @@ class TRPOPenalty(AdamRule):
         mask = torch.ones_like(minibatch.advantages, dtype=torch.bool) if minibatch.mask is None else minibatch.mask
         parts = [
             per_step(
-                lambda new, old: old.kl(new), [policy.distribution(minibatch.observations[rows]), minibatch.old[rows]]
+                lambda new, old: old.kl(new),
+                [policy.distribution(select_rows(minibatch.observations, rows)), minibatch.old[rows]],
             )
             for rows in passes(policy, len(minibatch), self._microbatch_size) or [slice(0)]
         ]
