@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_trust.core.at_rest import at_rest
 from lm_trust.core.linearisation import (
     NOT_TWICE,
     Linearisation,
@@ -101,7 +102,7 @@ class FisherOperator:
 
     def undamped(self, vector: Tensor) -> Tensor:
         """F v, (P,)."""
-        with torch.enable_grad():
+        with torch.enable_grad(), at_rest(self._policy):
             return summed(self._own(vector))
 
     def _own(self, vector: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lm_trust.core.at_rest import at_rest
 from lm_trust.core.batch import row_chunks
 from lm_trust.core.distributions import Distribution, per_step, require_members
 from lm_trust.core.linearisation import Linearisation, Pullback, linearised_by_autograd
@@ -162,7 +163,7 @@ class SurrogateObjective:
         totals: list[Tensor] = []
         for rows in self._chunks:
             pullback = None
-            with torch.enable_grad():
+            with torch.enable_grad(), at_rest(self.policy):
                 if rows is self._linearised:
                     self.linearisation = linearised_by_autograd(self.policy, self._select(rows))
                     distribution, _, pullback = self.linearisation
@@ -192,7 +193,8 @@ class SurrogateObjective:
         """The present parameters beside theta_old."""
         value, mean_kl, max_kl, reference_kl = 0.0, 0.0, 0.0, 0.0
         for rows, old in zip(self._chunks, self._old, strict=True):
-            distribution = self.policy.distribution(self._select(rows))
+            with at_rest(self.policy):
+                distribution = self.policy.distribution(self._select(rows))
             objective, kl, *reference = self._per_step(_at_candidate, rows, distribution, old)
             value += self._judged.mean(objective, rows).item()
             mean_kl += self._valid.mean(kl, rows).item()

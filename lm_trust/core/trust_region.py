@@ -56,7 +56,8 @@ def trust_region_step(
     KL over all valid steps is at most max_kl and the surrogate improves.
 
     Args:
-        policy: a module with `distribution(observations)`; its parameters with requires_grad move.
+        policy: a module with `distribution(observations)`; its parameters with requires_grad move. Whatever its mode,
+            dropout rests and batch statistics are those of evaluation while it is asked here.
         observations: what the policy takes; B rows, selected by `[rows]` where only some are wanted (of a dictionary or
             a tuple, its parts').
         actions: (B, T), (B, T, A), (N,) or (N, A); where masked, anything.

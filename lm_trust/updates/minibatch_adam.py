@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_trust.core.adam import adam_step
+from lm_trust.core.at_rest import at_rest
 from lm_trust.core.batch import Batch
 from lm_trust.core.budget import reference_limit
 from lm_trust.core.distributions import Distribution, per_step
@@ -137,7 +138,7 @@ class MinibatchAdam:
         if objective.reference_kl is not None:
             report.metrics["reference_kl_after"] = objective.reference_kl
         try:
-            with torch.inference_mode(not autograd):
+            with torch.inference_mode(not autograd), at_rest(policy):
                 finite = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
             if not autograd:  # outside of that mode nothing could be added to these
                 policy.zero_grad()
