@@ -30,7 +30,7 @@ from lm_trust.errors import UserError, first_line
 from lm_trust.lm.architecture_check import check_architecture
 from lm_trust.lm.checkpointing import checkpoint_layers
 from lm_trust.lm.policy import REFERENCE_ADAPTER, CausalPolicy
-from lm_trust.lm.pretrained import quiet, refuse_pickle, source_of
+from lm_trust.lm.pretrained import described, quiet, refuse_pickle, source_of
 from lm_trust.lm.sharding import shard
 from lm_trust.lm.text_models import load_model, positions_of, require_vocabulary
 
@@ -49,7 +49,9 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        raise UserError(f"model.path: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
+        raise UserError(
+            f"model.path: no tokenizer could be loaded from {described(path)}: {first_line(error)}"
+        ) from error
     require_vocabulary(tokenizer, path, key="model.path")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; completions need one")

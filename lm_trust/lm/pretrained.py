@@ -36,6 +36,11 @@ def source_of(path: str, *, revision: str | None = None, trust_remote_code: bool
     return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
 
 
+def described(path: str) -> str:
+    """The path as errors name it: one that is no folder may be a folder's name that was mistyped."""
+    return repr(path) if path == SMOLLM2 or Path(path).expanduser().is_dir() else f"{path!r} (no folder here: a hub id)"
+
+
 def refuse_pickle(folder: Path, key: str) -> None:
     """See that a local folder's weights, where it holds any, are in safetensors files of its own.
 

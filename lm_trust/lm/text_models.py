@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lm_trust.errors import UserError, first_line
-from lm_trust.lm.pretrained import as_uploaded, quiet, refuse_pickle, refuse_pickle_of_hub, source_of
+from lm_trust.lm.pretrained import as_uploaded, described, quiet, refuse_pickle, refuse_pickle_of_hub, source_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def load_model(
                 f"{key}: {path!r} holds no weights in safetensors, and a pickle file may run code when it is read; "
                 "convert them (save_pretrained does it)"
             ) from error
-        raise UserError(f"{key}: no model could be loaded from {path!r}: {first_line(error)}") from error
+        raise UserError(f"{key}: no model could be loaded from {described(path)}: {first_line(error)}") from error
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return model.requires_grad_(False).eval().to(device), sorted(lacking)
 
@@ -143,7 +143,7 @@ def with_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **place)
     except Exception as error:
-        raise UserError(f"{key}: no tokenizer could be loaded from {path!r}: {first_line(error)}") from error
+        raise UserError(f"{key}: no tokenizer could be loaded from {described(path)}: {first_line(error)}") from error
     require_vocabulary(tokenizer, path, key=key)
     config = model.config.get_text_config()
     choices = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)

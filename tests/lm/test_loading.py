@@ -202,6 +202,18 @@ def test_a_hub_id_out_of_reach_is_one_clear_line(load, network_attempts, monkeyp
     network_attempts.clear()
 
 
+def test_a_name_that_is_no_folder_is_said_to_be_taken_for_a_hub_id(network_attempts, monkeypatch, tmp_path):
+    """A folder's name that was mistyped looks like a hub id, and the error spoke of a connection alone."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^model\.path: .* from 'my-gpt' \(no folder here: a hub id\): ") as error:
+        load_tokenizer("my-gpt")
+    one_line(error)
+    network_attempts.clear()
+
+
 SMALL = {
     "vocab_size": 24,
     "hidden_size": 32,
