@@ -6,11 +6,11 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lm_trust import __version__
 from lm_trust import help_texts as texts
-from lm_trust.errors import UserError
+from lm_trust.errors import UserError, did_you_mean
 
 # The options beside a CONFIG that are not keys of it (`--output` is one, and text whatever it looks like).
 _VALUE_OPTIONS = ("--output", "--resume")
@@ -19,6 +19,14 @@ _FLAGS = ("--help", "--plot-only")
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with wrong usage as one line like every other error."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's; what is unknown to a command is told by that command and not by the whole program."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            meant = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         if re.match(r"unrecognized arguments: --\w+\.", message):

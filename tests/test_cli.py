@@ -367,6 +367,7 @@ def test_evaluate(calls, capsys):
     assert "expected a whole number of 1 or more, got '0'" in line
     (line,) = refused(capsys, "evaluate", "runs/first", "--evaluation.count", "5")
     assert "unrecognized arguments: --evaluation.count 5 (a config's keys are set where it trains;" in line
+    assert line.endswith("see lm-trust evaluate --help")
 
 
 def test_a_run_of_a_version_that_was_less_strict_can_be_evaluated(calls, capsys):
@@ -394,6 +395,9 @@ def test_generate(calls, capsys):
     assert calls[-1][-2:] == (False, True)
     (line,) = refused(capsys, "generate", "runs/first", "The film", "--best", "--reference")
     assert "not allowed with" in line
+    assert refused(capsys, "generate", "runs/first", "The film", "--max_new_tokens", "7") == [
+        "unrecognized arguments: --max_new_tokens 7 (did you mean '--max-new-tokens'?); see lm-trust generate --help"
+    ]
     assert refused(capsys, "generate", "runs/first", "") == ["PROMPT: must not be empty"]
     make_run("runs/control", "control.yaml")
     assert refused(capsys, "generate", "runs/control", "x") == [

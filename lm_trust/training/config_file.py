@@ -133,7 +133,8 @@ def _layers(path: str, children: tuple[str, ...]) -> Iterator[Layer]:
 
 def _read(path: str) -> str:
     if os.path.isdir(path):
-        raise UserError(f"{plain(path)}: this is a folder; give a YAML file")
+        resumed = "; a run goes on by --resume" if os.path.exists(os.path.join(path, "config.yaml")) else ""
+        raise UserError(f"{plain(path)}: this is a folder; give a YAML file{resumed}")
     if not os.path.exists(path):
         raise UserError(_no_such("file", path))
     try:

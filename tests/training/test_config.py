@@ -243,6 +243,9 @@ def test_bad_yaml_is_one_line_with_its_place(folder, text, words):
 def test_files_that_cannot_be_configs(folder):
     assert problems("lmm.yaml") == ["no such file: lmm.yaml; did you mean lm.yaml?"]
     assert problems(str(folder)) == [f"{folder}: this is a folder; give a YAML file"]
+    (folder / "run").mkdir()
+    write("run/config.yaml", "seed: 0\n")
+    assert problems("run") == ["run: this is a folder; give a YAML file; a run goes on by --resume"]
     assert problems(write("empty.yaml", "# nothing\n")) == ["empty.yaml: the file is empty"]
     assert problems(write("list.yaml", "- 1\n")) == ["list.yaml: expected `key: value` lines, got a list"]
     (folder / "latin.yaml").write_bytes(b"a: \xff\n")
