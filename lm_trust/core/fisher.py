@@ -62,7 +62,7 @@ class FisherOperator:
     Raises:
         ValueError: an unknown method, one that a sharded policy cannot serve, a policy without trainable parameters, a
             mask of other rows, or none where the observations' parts are not of one number of rows; from a product, a
-            mask that is not of the steps' shape.
+            mask that is not of the steps' shape or a vector that is not (P,).
     """
 
     def __init__(
@@ -102,6 +102,9 @@ class FisherOperator:
 
     def undamped(self, vector: Tensor) -> Tensor:
         """F v, (P,)."""
+        size = sum(parameter.numel() for parameter in self._parameters)
+        if vector.shape != (size,):  # a column would broadcast to a matrix
+            raise ValueError(f"a vector of shape {tuple(vector.shape)} for {size} trainable parameters")
         with torch.enable_grad(), at_rest(self._policy):
             return summed(self._own(vector))
 

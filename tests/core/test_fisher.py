@@ -537,6 +537,13 @@ def test_an_error_of_the_policys_own_is_not_hidden_by_auto():
         FisherOperator(Broken(), observed(B, T))(torch.ones(21, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(20,), (22,), (21, 1), (1, 21)])
+def test_a_vector_that_is_not_of_the_parameters_is_an_error(shape):
+    """A column times the damping was added to the product as a matrix."""
+    with pytest.raises(ValueError, match="for 21 trainable parameters"):
+        FisherOperator(discrete(), observed(B, T))(torch.ones(shape, dtype=torch.float64))
+
+
 def test_an_unknown_method_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="gaus_newton"):
         FisherOperator(discrete(), observed(B, T), method="gaus_newton")
