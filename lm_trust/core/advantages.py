@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lm_trust.core.processes import largest, summed
-from lm_trust.core.shapes import require_same_shape
+from lm_trust.core.shapes import require_same_shape, require_tensors
 
 
 def gae(
@@ -125,8 +125,9 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: x and mask are not of one shape.
     """
+    if mask is not None:
+        require_same_shape(x=x, mask=mask)
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
-    require_same_shape(x=x, mask=mask)
     valid = torch.where(mask, x, 0.0)
     count = summed(mask.sum())
     centred = torch.where(mask, valid - summed(valid.sum()) / count.clamp_min(1), 0.0)
@@ -155,6 +156,7 @@ def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:
 
 
 def _grouped(scores: Tensor, group_size: int) -> Tensor:
+    require_tensors(scores=scores)
     if group_size < 2 or scores.numel() % group_size:
         raise ValueError(f"{scores.numel()} scores do not form groups of {group_size} (at least 2 a group)")
     return scores.reshape(-1, group_size).to(torch.result_type(scores, 1.0))  # right or wrong may come as integers

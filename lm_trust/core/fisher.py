@@ -34,7 +34,7 @@ from lm_trust.core.parameters import assign, flatten, trainable_parameters, unfl
 from lm_trust.core.passes import is_sharded, passes
 from lm_trust.core.processes import placed_rows, summed
 from lm_trust.core.rows import row_count, select_rows
-from lm_trust.core.shapes import require_a_row_each, require_same_shape
+from lm_trust.core.shapes import require_a_row_each, require_same_shape, require_tensors
 
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
 
@@ -86,6 +86,7 @@ class FisherOperator:
         self._parameters = trainable_parameters(policy)
         self._observations = observations
         if mask is not None:
+            require_tensors(mask=mask)
             require_a_row_each(observations, mask=mask)
         self._mask = mask = None if mask is None else mask.bool()
         # Of all processes: rows where every step counts, steps otherwise.

@@ -7,12 +7,26 @@ from typing import Any
 from torch import Tensor
 
 
+def require_tensors(**given: Any) -> None:
+    """Check that all that is given, by its name, is a tensor: a buffer of numpy's is the usual other thing.
+
+    Raises:
+        TypeError: it is not; it names it and its kind.
+    """
+    for name, each in given.items():
+        if not isinstance(each, Tensor):
+            kind = type(each)
+            raise TypeError(f"{name}: expected a torch.Tensor, got a {kind.__module__}.{kind.__qualname__}")
+
+
 def require_same_shape(**tensors: Tensor) -> None:
     """Check that all tensors, given by their names, are of one shape.
 
     Raises:
-        ValueError: they are not; it names them and their shapes.
+        TypeError: one is no tensor.
+        ValueError: they are not of one; it names them and their shapes.
     """
+    require_tensors(**tensors)
     shapes = [tensor.shape for tensor in tensors.values()]
     if any(shape != shapes[0] for shape in shapes):
         given = _listed([str(tuple(shape)) for shape in shapes])

@@ -88,7 +88,8 @@ def trust_region_step(
             (0, 1), a fisher_fraction outside of (0, 1], a negative damping or negative max_backtracks, a budget that is
             not positive; a reference_loss or a budget without a reference; a holdout that leaves no row on one side;
             or shapes of observations, actions, advantages and mask that do not belong together.
-        TypeError: the policy's distribution lacks some of what `Distribution` names.
+        TypeError: the policy's distribution lacks some of what `Distribution` names; or actions, advantages or mask are
+            no tensors.
     """
     if not 0 <= max_kl < math.inf:  # 0 is what an annealed bound comes to
         raise ValueError(f"max_kl must be 0 or more, and finite, got {max_kl}")

@@ -1,5 +1,6 @@
 """Tensors of shapes that do not belong together are refused by name, where broadcasting would make other numbers."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from lm_trust.core import (
     clipped_surrogate,
     clipped_value_loss,
     gae,
+    group_relative,
     kl_estimators,
+    leave_one_out,
     masked_mean,
     masked_whiten,
     returns_to_go,
@@ -58,6 +61,41 @@ def test_each_argument_is_of_the_others_shape(name, wrong):
         with pytest.raises(ValueError) as caught:
             function(*tensors(names, shapes))
         assert all(word in str(caught.value) for word in (*names, str(wrong), str((B, T)), "one of each a step"))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_argument_is_a_tensor(name):
+    """Arrays of numpy's have shapes too, and failed later on for want of some method."""
+    function, names = FUNCTIONS[name]
+    for place, argument in enumerate(names):
+        given = tensors(names)
+        given[place] = given[place].numpy()
+        with pytest.raises(TypeError, match=f"^{argument}: expected a torch.Tensor, got a numpy.ndarray$"):
+            function(*given)
+
+
+@pytest.mark.parametrize("scores", [[1.0, 2.0], np.ones(2)])
+@pytest.mark.parametrize("function", [leave_one_out, group_relative])
+def test_scores_are_a_tensor(function, scores):
+    with pytest.raises(TypeError, match=r"^scores: expected a torch\.Tensor, got a "):
+        function(scores, 2)
+
+
+@pytest.mark.parametrize("argument", ["actions", "advantages", "mask"])
+def test_what_a_step_is_made_from_are_tensors(argument):
+    given = {
+        "actions": torch.zeros(B, T, dtype=torch.long),
+        "advantages": torch.ones(B, T),
+        "mask": torch.ones(B, T, dtype=torch.bool),
+    }
+    given[argument] = given[argument].numpy()
+    with pytest.raises(TypeError, match=f"^{argument}: expected a torch.Tensor, got a numpy.ndarray$"):
+        trust_region_step(Linear(), torch.ones(B, T, 2), **given)
+
+
+def test_the_fishers_mask_is_a_tensor():
+    with pytest.raises(TypeError, match=r"^mask: expected a torch\.Tensor, got a numpy\.ndarray$"):
+        FisherOperator(Linear(), torch.ones(B, T, 2), mask=np.ones((B, T), dtype=bool))
 
 
 @pytest.mark.parametrize("shape", [(B, 1), ()])
