@@ -101,7 +101,7 @@ class Categorical:
 
     def score(self, actions: Tensor) -> tuple[Tensor, ...]:
         """(onehot(action) - p,), the gradient of log_prob by the logits, (B, T, V)."""
-        chosen = torch.ones_like(self.logits[..., :1])
+        chosen = torch.ones_like(self.log_probs[..., :1])
         return (self.log_probs.exp().neg_().scatter_add_(-1, self._index(actions), chosen),)
 
     def fisher_product(self, *tangents: Tensor) -> Tensor:

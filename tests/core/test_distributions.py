@@ -415,6 +415,14 @@ def test_the_kl_of_logits_in_half_precision_is_that_of_these_logits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_score_of_logits_in_half_precision_is_that_of_these_logits(dtype):
+    logits, actions = normal(64, sum(SIZES), seed=1).to(dtype), torch.arange(64) % SIZES[0]
+    for made, chosen in ((Categorical, actions), (lambda x: MultiCategorical(x, SIZES), torch.zeros(64, 4))):
+        (found,), (exact,) = made(logits).score(chosen), made(logits.double()).score(chosen)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_policy_in_half_precision_can_be_stepped(dtype):
     policy = torch.nn.Linear(4, 50, dtype=dtype)
     policy.distribution = lambda observations: Categorical(policy(observations))
