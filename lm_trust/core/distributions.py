@@ -24,20 +24,26 @@ class Distribution(Protocol):
     def parameters(self) -> tuple[Tensor, ...]:
         """The tensors that the Fisher metric speaks of, each (B, T, ...)."""
 
-    def log_prob(self, actions: Tensor) -> Tensor: ...
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """(B, T) log-probability, or log-density, of each step's action, nats."""
 
-    def entropy(self) -> Tensor: ...
+    def entropy(self) -> Tensor:
+        """(B, T) nats per step."""
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One action a step, (B, T) or (B, T, A), without graph."""
 
-    def mode(self) -> Tensor: ...
+    def mode(self) -> Tensor:
+        """The most likely action of each step, as `sample` gives one."""
 
-    def kl(self, other: Any) -> Tensor: ...
+    def kl(self, other: Any) -> Tensor:
+        """(B, T) KL(self || other), exact, nats per step; differentiable in both."""
 
     def score(self, actions: Tensor) -> tuple[Tensor, ...]:
         """The gradient of each step's log_prob by the distribution's own parameters, each (B, T, ...)."""
 
-    def fisher_product(self, *tangents: Tensor) -> Tensor | tuple[Tensor, ...]: ...
+    def fisher_product(self, *tangents: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The Hessian of KL(self || .) at self times tangents of `parameters`, shaped like them."""
 
     def mixed(self, other: Any, weight: Tensor) -> Distribution:
         """The distribution proportional to self ** weight * other ** (1 - weight), weight (B, T)."""
@@ -45,7 +51,8 @@ class Distribution(Protocol):
     def detach(self) -> Distribution:
         """A snapshot: cut from the graph, and from storage that it may share with a parameter that will move."""
 
-    def __getitem__(self, rows: Any) -> Distribution: ...
+    def __getitem__(self, rows: Any) -> Distribution:
+        """The same of the chosen rows."""
 
 
 class Categorical:

@@ -24,17 +24,30 @@ from lm_trust.core.surrogate import clipped_value_loss, clipped_value_slope
 class Critic(Protocol):
     """What the Trainer asks of a critic."""
 
-    def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]: ...
+    def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Values of each step's state and of the state it led to, (B, T) each, in units of return; without graph."""
 
     def start_fit(
         self, rollout: Rollout, returns: Tensor, old_values: Tensor, progress: float = 0.0
-    ) -> Callable[[], dict[str, float | None]]: ...
+    ) -> Callable[[], dict[str, float | None]]:
+        """Begin to regress on the returns (B, T), from values (B, T) before the fit.
 
-    def parameters(self) -> Iterable[nn.Parameter]: ...
+        Args:
+            rollout, returns, old_values: of this process's rows.
+            progress: fraction of the training done, 0 to 1, for schedules.
 
-    def state_dict(self) -> dict[str, Any]: ...
+        Returns:
+            What ends the fit, and gives its `value_loss` and `explained_variance` for the log.
+        """
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What is trained."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later fit depends on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
 
 
 class NoCritic:

@@ -28,35 +28,50 @@ from lm_trust.training.penalty import adapted_penalty
 
 
 class Task(Protocol):
-    """A world as the Trainer sees it."""
+    """A world as the Trainer sees it. All processes of a run call each of these together.
+
+    Attributes:
+        steps: environment steps, or completion tokens, collected so far by all processes.
+    """
 
     steps: int
 
-    def collect(self, policy: nn.Module) -> Rollout: ...
+    def collect(self, policy: nn.Module) -> Rollout:
+        """The next rollout of the policy; a UserError is the user's to mend, and the run ends with a checkpoint."""
 
-    def after_update(self, policy: nn.Module, rollout: Rollout) -> None: ...
+    def after_update(self, policy: nn.Module, rollout: Rollout) -> None:
+        """What follows once no update will look at the rollout again."""
 
-    def describe(self, rollout: Rollout, row: int, step: int) -> str: ...
+    def describe(self, rollout: Rollout, row: int, step: int) -> str:
+        """Where a number of the rollout stands, in words for people."""
 
-    def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]: ...
+    def evaluate(self, policy: nn.Module, count: int) -> dict[str, Any]:
+        """A held-out evaluation on `count` episodes or completions, as evaluation.json holds it."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `collect` depends on besides the policy, of this process."""
 
-    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]: ...
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run from those of all processes."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state of a run, as `joined` gives it, was taken."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 class UpdateRule(Protocol):
     """A way to move the policy."""
 
-    def step(self, policy: nn.Module, batch: Batch) -> StepReport: ...
+    def step(self, policy: nn.Module, batch: Batch) -> StepReport:
+        """Move the policy in place, or leave it bit for bit as it was, and say which."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a later step depends on besides policy and batch."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
 
 
 @dataclass(frozen=True)
