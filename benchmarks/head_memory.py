@@ -26,6 +26,7 @@ def measure(kind: str, tokens: int) -> float:
     """MiB that the head's work adds."""
     import torch
 
+    from lm_trust.core import Distribution
     from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
     torch.manual_seed(0)
@@ -35,7 +36,7 @@ def measure(kind: str, tokens: int) -> float:
     actions, tangent = torch.randint(VOCABULARY, (1, tokens)), torch.randn_like(old)
     before = peak_mib()
 
-    def distribution(hidden: torch.Tensor):
+    def distribution(hidden: torch.Tensor) -> Distribution:
         chunked = VocabularyCategorical(hidden, weight)
         return chunked if kind == "chunked" else chunked.dense()
 

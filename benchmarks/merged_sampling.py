@@ -16,11 +16,12 @@ import torch
 
 from lm_trust.lm.generation import sample_completions
 from lm_trust.lm.loading import load_policy
+from lm_trust.lm.policy import CausalPolicy
 
 ROUNDS, TOKENS = 5, 20
 
 
-def seconds(policy, prompts: list[list[int]]) -> float:
+def seconds(policy: CausalPolicy, prompts: list[list[int]]) -> float:
     started = time.perf_counter()
     sample_completions(
         policy, prompts, max_new_tokens=TOKENS, eos_ids=[], pad_id=0, generator=torch.Generator().manual_seed(0)

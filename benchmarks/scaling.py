@@ -18,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def work(given: argparse.Namespace, rank: int, count: int, rows: int, store: str
 
 
 @contextmanager
-def counted():
+def counted() -> Iterator[dict[str, int]]:
     """Within the context all that this process gives into collective operations is counted."""
     traffic = {"bytes": 0, "calls": 0}
     reduce, gather = dist.all_reduce, dist.all_gather_object

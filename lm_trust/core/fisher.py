@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_trust.core.at_rest import at_rest
+from lm_trust.core.distributions import Distribution
 from lm_trust.core.linearisation import (
     NOT_TWICE,
     Linearisation,
@@ -39,6 +40,7 @@ from lm_trust.core.shapes import require_a_row_each, require_same_shape, require
 METHODS = ("auto", "gauss_newton", "kl_hessian", "finite_difference")
 
 Product = Callable[[Tensor], Tensor]
+StepWeights = Callable[[Tensor], Tensor]  # of any (B, T) tensor, for its kind: the (B, T) weights of its steps
 
 
 class FisherOperator:
@@ -144,8 +146,8 @@ class FisherOperator:
         with twice_differentiable():
             return linearise(self._policy, observations, self._parameters, self._weights(rows))
 
-    def _weights(self, rows: slice) -> Callable[[Tensor], Tensor]:
-        """Per-step weights 1 / N (N valid steps of all rows), 0 where masked, given any (B, T) tensor for its kind."""
+    def _weights(self, rows: slice) -> StepWeights:
+        """1 / N (N valid steps of all rows) a step, 0 where masked."""
         # Not of `self`: it keeps the products, and a cycle would hold their graphs until the collector comes by.
         mask, count = self._mask, self._count
 
@@ -160,11 +162,13 @@ class FisherOperator:
         return weights
 
 
-def _gauss_newton(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable) -> Product:
+def _gauss_newton(
+    policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: StepWeights
+) -> Product:
     return _gauss_newton_of(linearised(policy, observations), parameters, weights)
 
 
-def _gauss_newton_of(linearisation: Linearisation, parameters: list[nn.Parameter], weights: Callable) -> Product:
+def _gauss_newton_of(linearisation: Linearisation, parameters: list[nn.Parameter], weights: StepWeights) -> Product:
     output, pushforward, pullback = linearisation
     distribution = output.detach()
 
@@ -176,12 +180,12 @@ def _gauss_newton_of(linearisation: Linearisation, parameters: list[nn.Parameter
     return product
 
 
-def _weighted_metric(distribution: Any, tangents: Sequence[Tensor], step_weights: Tensor) -> list[Tensor]:
+def _weighted_metric(distribution: Distribution, tangents: Sequence[Tensor], step_weights: Tensor) -> list[Tensor]:
     metric = distribution.fisher_product(*tangents)
     return [part * step_weights.unsqueeze(-1) for part in ((metric,) if isinstance(metric, Tensor) else metric)]
 
 
-def _kl_hessian(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable) -> Product:
+def _kl_hessian(policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: StepWeights) -> Product:
     gradient = flatten(_kl_gradient(policy, observations, parameters, weights, create_graph=True))
     require_second_derivative([gradient])
 
@@ -193,7 +197,7 @@ def _kl_hessian(policy: nn.Module, observations: Any, parameters: list[nn.Parame
 
 
 def _finite_difference(
-    policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: Callable
+    policy: nn.Module, observations: Any, parameters: list[nn.Parameter], weights: StepWeights
 ) -> Product:
     theta = flatten([parameter.detach() for parameter in parameters])
     with torch.no_grad():
@@ -223,9 +227,9 @@ def _kl_gradient(
     policy: nn.Module,
     observations: Any,
     parameters: list[nn.Parameter],
-    weights: Callable,
+    weights: StepWeights,
     *,
-    old: Any = None,
+    old: Distribution | None = None,
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradient of the weighted KL(old || policy); old is the policy itself, held fixed, where not given."""

@@ -11,6 +11,7 @@ J v; the graph of one pullback, whichever it was, serves every pushforward. A gr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ class _Maps:
         return tuple(next(moved) if output.requires_grad else torch.zeros_like(output) for output in self._outputs)
 
 
-def twice_differentiable() -> Any:
+def twice_differentiable() -> AbstractContextManager[None]:
     """The context for a forward pass that will be differentiated twice.
 
     The fused attention kernels have no second derivative; the plain one has. No effect on other policies.

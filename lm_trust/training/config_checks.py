@@ -18,7 +18,7 @@ Problems = list[tuple[str, str]]  # (dotted key, message)
 class ConfigError(ValueError):
     """Settings that do not go together: `problems` is a list of (dotted key, message)."""
 
-    def __init__(self, problems: Problems):
+    def __init__(self, problems: Problems) -> None:
         super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
         self.problems = problems
 
