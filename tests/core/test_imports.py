@@ -18,22 +18,16 @@ INTERFACE = {
 }
 
 # A part of the package, and the parts (or other packages) that it must not import.
+ABOVE = {"training", "compare", "stages", "cli"}
+WORLDS = {"control", "lm", "gymnasium", "transformers", "peft"}
 FORBIDDEN = {
-    "core": {
-        "updates",
-        "training",
-        "control",
-        "lm",
-        "compare",
-        "cli",
-        "gymnasium",
-        "transformers",
-        "peft",
-        "yaml",
-    },
-    "updates": {"training", "control", "lm", "compare", "cli", "gymnasium", "transformers", "peft"},
-    "control": {"lm", "training", "compare", "cli", "transformers", "peft"},
-    "lm": {"control", "training", "compare", "cli"},
+    "core": {*ABOVE, *WORLDS, "updates", "yaml"},
+    "updates": {*ABOVE, *WORLDS},
+    "control": {*ABOVE, "lm", "transformers", "peft"},
+    "lm": {*ABOVE, "control"},
+    "training": {"compare", "stages", "cli"},
+    "stages": {"compare", "control", "cli"},
+    "compare": {"stages"},  # and calls the command line, whose runs it compares
 }
 
 
