@@ -52,9 +52,9 @@ def plot_runs(
 ) -> list[str]:
     """Draw the runs' learning curves to a PNG of 1,600 pixels' width; it appears whole or not at all.
 
-    Runs whose configurations differ only in seed and output are a group, drawn as the mean of its runs and the 95 %
-    interval of that mean (Student's t over runs, each interpolated linearly to a common grid). A group is drawn where
-    all of its runs have values, so that no run's end makes a jump. A single run is a plain line.
+    Runs whose configurations differ only in the seed, and in what touches no run, are a group: the mean of its runs and
+    the 95 % interval of that mean (Student's t over runs, each interpolated linearly to a common grid). It is drawn
+    where all of its runs have values, so that no run's end makes a jump. A single run is a plain line.
 
     Args:
         runs: run folders.

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_trust.training.config import Config
-from lm_trust.training.config_leaves import leaves
+from lm_trust.training.config_leaves import MAY_DIFFER, leaves
 
-# What does not touch a run's course: two runs that differ only here are still samples of the same thing.
-_IGNORED = ("seed", "output", "trackers", "checkpoint.")
+_IGNORED = ("seed", *MAY_DIFFER)  # two runs that differ only here are still samples of the same thing
 _MOST_NAMED = 3  # differing keys that a legend can bear; beyond them the folders' names say it better
 
 Settings = Mapping[str, object]

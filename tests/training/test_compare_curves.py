@@ -139,7 +139,14 @@ def test_a_language_run_needs_no_prompts_any_more(make, draw):
             {"a": {}, "b": {"environment": {"id": "Hopper-v5"}, "policy": {"hidden": [8]}}},
             ["CartPole-v1, policy.hidden [64, 64]", "Hopper-v5, policy.hidden [8]"],
         ),
-        ({"a": {"trackers": []}, "b": {"checkpoint": {"every": 3}, "seed": 5}, "c": {"output": "x"}}, ["trpo"]),
+        (
+            {
+                "a": {"trackers": []},
+                "b": {"checkpoint": {"every": 3}, "seed": 5},
+                "c": {"output": "x", "environment": {"id": "CartPole-v1", "processes": 2}},
+            },
+            ["trpo"],
+        ),
         (
             {
                 name: {"seed": seed, "policy": {"hidden": [width], "log_std": -width}, "total_steps": width}
