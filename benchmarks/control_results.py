@@ -21,15 +21,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from control_table import PLACES, begin_or_go_on, differing, remake, train_seconds  # beside this file
+from control_table import remake  # beside this file, as the next
+from training_runs import begin_or_go_on, check_same_settings, own_and_passed, train_seconds
 
-from lm_trust.arguments import split_overrides
 from lm_trust.errors import UserError
-from lm_trust.training.config_file import load_config
 from lm_trust.training.progress import format_duration
 from lm_trust.training.run_folder import RunFolder, is_finished
 
 OUTPUT = Path("runs/control_results")
+# Where a run computes, which changes no result: several runs at once have a core each, and one alone has all.
+ONE_CORE = ["--environment.processes", "1", "--critic.own_process", "false"]
 
 
 class Runner:
@@ -42,7 +43,7 @@ class Runner:
 
     def train(self, config: Path, seed: int) -> bool:
         """One run to its end; False where it failed or was stopped."""
-        folder = OUTPUT / config.stem / f"seed{seed}"
+        folder = _folder(config, seed)
         name = f"{config.stem}, seed {seed}"
         command = [sys.executable, "-m", "lm_trust", "train", str(config), "--seed", str(seed), *self._overrides]
         if self._stopped:
@@ -82,27 +83,12 @@ class Runner:
             process.terminate()
 
 
-def check_same_settings(config: Path, seed: int, overrides: Sequence[tuple[str, str]]) -> None:
-    """A finished run of other settings would pass for one of these.
-
-    Raises:
-        UserError: names the folder and the first setting that differs.
-    """
-    folder = OUTPUT / config.stem / f"seed{seed}"
-    now = load_config(config, [("seed", str(seed)), *overrides])
-    keys = differing(load_config(folder / "config.yaml", check_files=False), now) if is_finished(folder) else []
-    if keys:
-        raise UserError(
-            f"{folder}: {keys[0]} is not what {config} and the overrides say now; "
-            "move or delete the folder to train it again"
-        )
+def _folder(config: Path, seed: int) -> Path:
+    return OUTPUT / config.stem / f"seed{seed}"
 
 
 def main() -> int:
-    own, passed = sys.argv[1:], []
-    if "--" in own:
-        cut = own.index("--")
-        own, passed = own[:cut], own[cut + 1 :]
+    own, passed = own_and_passed(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -115,10 +101,9 @@ def main() -> int:
     if not given.table_only:
         jobs = [(config, seed) for config in given.configs for seed in given.seeds]
         for config, seed in jobs:
-            check_same_settings(config, seed, split_overrides(passed)[1])
+            check_same_settings(_folder(config, seed), config, ["--seed", str(seed), *passed])
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        places = [word for key, value in PLACES.items() for word in (f"--{key}", value)] if given.jobs > 1 else []
-        runner = Runner([*places, *passed])
+        runner = Runner([*(ONE_CORE if given.jobs > 1 else []), *passed])
         with ThreadPoolExecutor(given.jobs) as pool:
             running = [pool.submit(runner.train, *job) for job in jobs]
             try:

@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from training_runs import differing, train_seconds, write_page  # beside this file
 
-from lm_trust.compare import running
 from lm_trust.control.evaluation import t_interval
 from lm_trust.errors import UserError
 from lm_trust.training.compare_curves import plot_runs
 from lm_trust.training.config import Config
 from lm_trust.training.config_file import load_config
-from lm_trust.training.config_leaves import differing_keys, leaves
 from lm_trust.training.run_folder import RunFolder, is_finished
 
 PAGE = Path(__file__).with_name("control_results.md")
 PICTURES = Path(__file__).parent.parent / "docs"
-BEGIN, END = "<!-- table: written by control_results.py -->", "<!-- end of table -->"
-# Where a run computes, which changes no result: several runs at once have a core each, and one alone has all.
-PLACES = {"environment.processes": "1", "critic.own_process": "false"}
-MAY_DIFFER = ("output", "trackers", "checkpoint.", "evaluation.every", "evaluation.videos", *PLACES)
 
 
 @dataclass(frozen=True)
@@ -49,24 +44,6 @@ TASKS = {
     "Ant-v5": Task(1_000_000, trpo=3600, ppo=3300),
     "Humanoid-v5": Task(10_000_000, trpo=5000, ppo=5000, seeds=1),
 }
-
-
-def begin_or_go_on(folder: Path, name: str) -> list[str]:
-    """The options of `lm-trust train` for a run that is not finished; says which it is."""
-    options = running.begin_or_go_on(folder)
-    print(f"{name}: {'goes on' if options[0] == '--resume' else 'begins'}", flush=True)
-    return options
-
-
-def train_seconds(folder: Path) -> float:
-    """Seconds of rollouts and updates, over all sessions of the run."""
-    return sum(line["iteration_seconds"] for line in RunFolder(folder).metrics())
-
-
-def differing(one: Config, other: Config, *may_differ: str) -> list[str]:
-    """The keys in which two configs differ, without those that do not touch a run's course."""
-    left, right = leaves(one.model_dump()), leaves(other.model_dump())
-    return differing_keys(left, right, (*MAY_DIFFER, *may_differ))
 
 
 @dataclass(frozen=True)
@@ -174,20 +151,6 @@ def draw_curves(results: dict[str, list[Result]]) -> list[Path]:
     return pictures
 
 
-def write_page(text: str) -> None:
-    """Put the text between the markers.
-
-    Raises:
-        UserError: the page lacks them.
-    """
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{PAGE}: it lacks the lines {BEGIN} and {END}, between which the table goes")
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def remake(output: Path) -> None:
     """Pictures and table from the finished runs in output/CONFIG/seedK.
 
@@ -201,5 +164,5 @@ def remake(output: Path) -> None:
     shown = [
         f'<img src="../docs/{picture.name}" width="640" alt="Learning curves: {picture.stem}">' for picture in pictures
     ]
-    write_page("\n\n".join([table(results), *shown]))
+    write_page(PAGE, "control_results.py", "\n\n".join([table(results), *shown]))
     print(f"{PAGE.name}: {sum(map(len, results.values()))} runs; pictures: {', '.join(map(str, pictures))}")

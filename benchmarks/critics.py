@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from control_table import begin_or_go_on, differing, train_seconds  # beside this file
+from training_runs import (  # beside this file
+    begin_or_go_on,
+    check_same_settings,
+    own_and_passed,
+    train_seconds,
+    write_page,
+)
 
 from lm_trust.arguments import split_overrides
 from lm_trust.control.evaluation import t_interval
@@ -39,7 +45,6 @@ from lm_trust.training.run_folder import RunFolder, is_finished
 
 OUTPUT = Path("runs/critics")
 PAGE = Path(__file__).with_name("critics.md")
-BEGIN, END = "<!-- table: written by critics.py -->", "<!-- end of table -->"
 PEAK = "peak_memory.json"
 
 
@@ -87,19 +92,8 @@ class Runner:
         self._base = load_config(config, split_overrides(self._options)[1])
 
     def check_same_settings(self, row: Row, seed: int) -> None:
-        """A finished run of other settings would pass for one of these.
-
-        Raises:
-            UserError: names the folder and the first setting that differs; or the row's settings do not fit.
-        """
-        folder = row.folder / f"seed{seed}"
-        now = load_config(self._config, split_overrides(self._row_options(row, seed))[1])
-        keys = differing(load_config(folder / "config.yaml", check_files=False), now) if is_finished(folder) else []
-        if keys:
-            raise UserError(
-                f"{folder}: {keys[0]} is not what {self._config} and the options say now; "
-                "move or delete the folder to train it again"
-            )
+        """See `training_runs`."""
+        check_same_settings(row.folder / f"seed{seed}", self._config, self._row_options(row, seed))
 
     def train(self, row: Row, seed: int) -> bool:
         """One run to its end; False where it failed.
@@ -207,26 +201,8 @@ def _explained(folder: Path) -> float | None:
     return statistics.mean(found) if found else None
 
 
-def write_page(text: str) -> None:
-    """Put the text between the markers of the page, which is made where it does not exist.
-
-    Raises:
-        UserError: the page lacks them.
-    """
-    if not PAGE.exists():
-        PAGE.write_text(f"# Critics and advantage estimators\n\n{BEGIN}\n{END}\n", encoding="utf-8")
-    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{PAGE}: it lacks the lines {BEGIN} and {END}, between which the table goes")
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> int:
-    own, passed = sys.argv[1:], []
-    if "--" in own:
-        cut = own.index("--")
-        own, passed = own[:cut], own[cut + 1 :]
+    own, passed = own_and_passed(sys.argv[1:])
     names = [row.folder.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", type=Path, default=Path("configs/lm/sentiment_trpo.yaml"))
@@ -250,7 +226,7 @@ def main() -> int:
         except KeyboardInterrupt:
             print("stopped; the same command goes on", flush=True)
             return 130
-    write_page(table())
+    write_page(PAGE, "critics.py", table())
     print(f"{PAGE.name} is written")
     return 0 if done else 1
 
