@@ -1,5 +1,7 @@
 """Small policies of every kind of action in float64, and batches for them, for tests of update rules."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from lm_trust.core.batch import Batch
 B, T, D = 8, 5, 3
 MASK = torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4, 0, 1])[:, None]
 SIZES = {"categorical": 4, "multi_categorical": 5, "gaussian": 2}
-KINDS = list(SIZES)
+KINDS, V = list(SIZES), SIZES["categorical"]
 
 
 class Policy(nn.Module):
@@ -68,11 +70,11 @@ def vector_of(policy):
 
 @torch.no_grad()
 def moved(policy, scale, seed=3):
-    """The policy itself, after a random step of each weight."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in policy.parameters():
+    """A copy of the policy, a random step of each weight away."""
+    other, generator = copy.deepcopy(policy), torch.Generator().manual_seed(seed)
+    for parameter in other.parameters():
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return policy
+    return other
 
 
 @torch.no_grad()
@@ -80,3 +82,10 @@ def step_kl(old, new, batch):
     """(N,) exact KL(old || new) at the valid steps."""
     kl = old.distribution(batch.observations).kl(new.distribution(batch.observations))
     return kl.flatten() if batch.mask is None else kl[batch.mask]
+
+
+@torch.no_grad()
+def independent_kl(old, new, batch):
+    """The same of a batch with a mask, by torch.distributions."""
+    one, other = old.independent(batch.observations), new.independent(batch.observations)
+    return torch.distributions.kl_divergence(one, other)[batch.mask]

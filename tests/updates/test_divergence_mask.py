@@ -29,10 +29,9 @@ def test_against_a_loop_over_steps(kind, top_k):
     policy = Policy()
     batch = batch_for(policy)
     old = torch.softmax(batch.old.logits, -1).tolist()
-    moved(policy, 0.4)
     threshold = {"kl": 0.04, "tv": 0.1}[kind]
     rule = DivergenceMask(divergence=kind, threshold=threshold, top_k=top_k)
-    new = policy.distribution(batch.observations)
+    new = moved(policy, 0.4).distribution(batch.observations)
     each, held = rule._masked(new, batch.old, batch.actions, batch.advantages, batch.old_log_prob, MASK)
     (slope,) = torch.autograd.grad(each[MASK].sum(), new.logits)
 

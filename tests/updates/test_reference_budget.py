@@ -3,68 +3,28 @@
 import copy
 
 import pytest
+import tiny_policies
 import torch
+from tiny_policies import MASK, B, Policy, T, moved, vector_of
 from torch import nn
 
-from lm_trust.core import Categorical
-from lm_trust.core.batch import Batch
 from lm_trust.updates import TRPO, PPOClip, PPOPenalty
 from lm_trust.updates.minibatch_adam import MinibatchAdam
 from lm_trust.updates.reference_budget import BAND, ReferenceBudget
 
-B, T, D, V = 8, 5, 3, 4
-LENGTHS = torch.tensor([5, 1, 3, 2, 5, 4, 0, 1])
-MASK = torch.arange(T) < LENGTHS.unsqueeze(-1)
 RULES = [PPOClip, PPOPenalty]
 
 
-class Policy(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, V)).double()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-    def distribution(self, observations):
-        return Categorical(self.net(observations))
-
-
-def moved(policy, scale, seed=3):
-    other = copy.deepcopy(policy)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return other
-
-
-@torch.no_grad()
 def batch_for(policy, reference, seed=1):
     """Some actions are better than others, so that a policy keeps going one way."""
-    generator = torch.Generator().manual_seed(seed)
-    observations = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
-    old = policy.distribution(observations).detach()
-    actions = old.sample(generator=generator)
-    return Batch(
-        observations=observations,
-        actions=actions,
-        old=old,
-        old_log_prob=old.log_prob(actions),
-        advantages=torch.tensor([1.0, 0.3, -0.3, -1.0], dtype=torch.float64)[actions],
-        mask=MASK,
-        reference=reference.distribution(observations).detach(),
-    )
-
-
-def vector_of(policy):
-    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+    batch = tiny_policies.batch_for(policy, seed=seed, reference=reference)
+    batch.advantages = torch.tensor([1.0, 0.3, -0.3, -1.0], dtype=torch.float64)[batch.actions]
+    return batch
 
 
 def divergence(policy, reference, batch):
     """(B, T), differentiable, with nothing of ours; zero where masked."""
-    one, two = (torch.distributions.Categorical(logits=each.net(batch.observations)) for each in (policy, reference))
+    one, two = (each.independent(batch.observations) for each in (policy, reference))
     return torch.where(MASK, torch.distributions.kl_divergence(one, two), 0.0)
 
 
@@ -87,7 +47,7 @@ def test_a_budget_far_off_changes_nothing(rule):
 
 def unit_of(policy, reference, batch):
     """The weight at which the two gradients, written out, are as long as each other."""
-    log_prob = torch.distributions.Categorical(logits=policy.net(batch.observations)).log_prob(batch.actions)
+    log_prob = policy.independent(batch.observations).log_prob(batch.actions)
     gain = ((log_prob - batch.old_log_prob).exp() * batch.advantages)[MASK].mean()
     kl = divergence(policy, reference, batch)[MASK].mean()
     lengths = [torch.cat([g.flatten() for g in torch.autograd.grad(x, policy.parameters())]).norm() for x in (gain, kl)]
@@ -121,7 +81,7 @@ def test_at_the_bound_a_step_does_not_raise_the_kl_to_first_order():
         outwards = torch.cat([g.flatten() for g in torch.autograd.grad(kl, policy.parameters())])
         budget = ReferenceBudget(1.0, 0.0)
         budget.begin(1.0, unit_of(policy, reference, batch))
-        log_prob = torch.distributions.Categorical(logits=policy.net(batch.observations)).log_prob(batch.actions)
+        log_prob = policy.independent(batch.observations).log_prob(batch.actions)
         gain = ((log_prob - batch.old_log_prob).exp() * batch.advantages)[MASK].mean()
         upwards = torch.cat([g.flatten() for g in torch.autograd.grad(gain, policy.parameters())])
         assert upwards @ outwards > 0
@@ -136,7 +96,7 @@ def adam_to_the_edge(policy, reference, batch, *, steps, learning_rate, budget, 
         kl = divergence(policy, reference, batch)
         if not inwards and kl.sum().item() / B > budget:
             break
-        log_prob = torch.distributions.Categorical(logits=policy.net(batch.observations)).log_prob(batch.actions)
+        log_prob = policy.independent(batch.observations).log_prob(batch.actions)
         gain = (log_prob - batch.old_log_prob).exp() * batch.advantages
         loss = kl[MASK].mean() if inwards else -gain[MASK].mean()
         optimizer.zero_grad()

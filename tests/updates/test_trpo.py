@@ -4,54 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from tiny_policies import Policy, batch_for, independent_kl, vector_of
 
-from lm_trust.core import Categorical, trust_region_step
-from lm_trust.core.batch import Batch
+from lm_trust.core import trust_region_step
 from lm_trust.updates import TRPO
-
-B, T, D, V = 8, 5, 3, 4
-
-
-class Policy(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, V)).double()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-    def distribution(self, observations):
-        return Categorical(self.net(observations))
-
-
-def batch_for(policy, reference=None, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    observations = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        old = policy.distribution(observations)
-        actions = old.sample(generator=generator)
-        return Batch(
-            observations=observations,
-            actions=actions,
-            old=old,
-            old_log_prob=old.log_prob(actions),
-            advantages=torch.randn(B, T, generator=generator, dtype=torch.float64),
-            mask=torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4, 0, 1])[:, None],
-            reference=None if reference is None else reference.distribution(observations),
-        )
-
-
-def vector_of(policy):
-    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
-
-
-def measured_kl(old, new, batch):
-    with torch.no_grad():
-        one = torch.distributions.Categorical(logits=old.net(batch.observations))
-        other = torch.distributions.Categorical(logits=new.net(batch.observations))
-        return torch.distributions.kl_divergence(one, other)[batch.mask]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +37,7 @@ def test_every_step_is_within_its_bound_and_measured():
     for seed in range(1, 6):
         batch, old = batch_for(policy, seed=seed), copy.deepcopy(policy)
         report = rule.step(policy, batch)
-        kl = measured_kl(old, policy, batch)
+        kl = independent_kl(old, policy, batch)
         assert report.accepted
         assert 0 < kl.mean().item() <= 0.02
         assert report.step_kl == pytest.approx(kl.mean().item(), rel=1e-9)
@@ -91,15 +47,15 @@ def test_every_step_is_within_its_bound_and_measured():
 def test_a_reference_and_its_coefficient_enter_the_objective():
     reference = Policy(seed=9)
     policy, free, unused = Policy(), Policy(), Policy()
-    batch = batch_for(policy, reference)
+    batch = batch_for(policy, reference=reference)
     old = copy.deepcopy(policy)
     report = TRPO(reference_loss=0.7).step(policy, batch)
     plain = TRPO().step(free, batch)
     TRPO(reference_loss=0.0).step(unused, batch)
     assert report.accepted
     assert torch.equal(vector_of(unused), vector_of(free))
-    distance = {name: measured_kl(p, reference, batch).mean().item() for name, p in (("old", old), ("new", policy))}
-    assert distance["new"] < measured_kl(free, reference, batch).mean().item()
+    distance = {name: independent_kl(p, reference, batch).mean().item() for name, p in (("old", old), ("new", policy))}
+    assert distance["new"] < independent_kl(free, reference, batch).mean().item()
     with torch.no_grad():
         log_prob = policy.distribution(batch.observations).log_prob(batch.actions)
     gain = (((log_prob - batch.old_log_prob).exp() - 1) * batch.advantages)[batch.mask].mean().item()
@@ -109,12 +65,12 @@ def test_a_reference_and_its_coefficient_enter_the_objective():
 
 def test_a_strong_reference_loss_is_the_way_back_to_the_reference():
     reference, policy = Policy(seed=9), Policy()
-    batch = batch_for(policy, reference)
-    before = measured_kl(policy, reference, batch).mean().item()
+    batch = batch_for(policy, reference=reference)
+    before = independent_kl(policy, reference, batch).mean().item()
     rule = TRPO(reference_loss=1000.0, max_kl=0.02)
     for _ in range(10):
         assert rule.step(policy, batch).accepted
-    assert measured_kl(policy, reference, batch).mean().item() < 0.5 * before
+    assert independent_kl(policy, reference, batch).mean().item() < 0.5 * before
 
 
 def test_carries_nothing_of_a_policy_from_step_to_step():
@@ -145,8 +101,7 @@ def test_the_next_line_search_starts_where_the_last_one_ended():
 @pytest.mark.parametrize("progress", [0.0, 0.75])
 def test_an_annealed_bound_falls_with_the_progress(progress):
     policy, plain = Policy(), Policy()
-    batch = batch_for(policy)
-    batch.progress = progress
+    batch = batch_for(policy, progress=progress)
     report = TRPO(max_kl=0.04, anneal=True).step(policy, batch)
     expected = TRPO(max_kl=0.04 * (1 - progress)).step(plain, batch)
     assert torch.equal(vector_of(policy), vector_of(plain)) and report == expected
