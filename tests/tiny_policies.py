@@ -20,12 +20,9 @@ class Policy(nn.Module):
     def __init__(self, kind="categorical", seed=0):
         super().__init__()
         self.kind = kind
-        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, SIZES[kind])).double()
-        self.log_std = nn.Parameter(torch.zeros(2, dtype=torch.float64)) if kind == "gaussian" else None
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        self.net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, SIZES[kind]))
+        self.log_std = nn.Parameter(torch.zeros(2)) if kind == "gaussian" else None
+        fill(self, seed)
 
     def distribution(self, observations):
         output = self.net(observations)
@@ -35,12 +32,57 @@ class Policy(nn.Module):
 
     def independent(self, observations):
         """The same by torch.distributions."""
-        kinds, output = torch.distributions, self.net(observations)
-        if self.kind == "gaussian":
-            return kinds.Independent(kinds.Normal(output, self.log_std.exp().expand_as(output)), 1)
-        if self.kind == "categorical":
-            return kinds.Categorical(logits=output)
-        raise NotImplementedError(self.kind)
+        if self.kind == "multi_categorical":
+            raise NotImplementedError(self.kind)
+        output = self.net(observations)
+        return torch_distribution((output, self.log_std) if self.kind == "gaussian" else output)
+
+
+class LowRank(nn.Module):
+    """A frozen layer plus B A x, with B = 0 as LoRA starts."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.a, self.b = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+        fill(self)
+        self.base.requires_grad_(False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, observations):
+        return self.base(observations) + self.b(self.a(observations))
+
+    def distribution(self, observations):
+        return Categorical(self(observations))
+
+
+class Records:
+    """Observations of a kind of their own: rows can be counted and picked, nothing else."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return Records(self.rows[index])
+
+
+@torch.no_grad()
+def fill(module, seed=0, scale=0.6):
+    """Draw all of a module's weights, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.double().parameters():
+        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+def torch_distribution(outputs):
+    """torch's own distribution of logits, or of a mean and a log-std."""
+    if isinstance(outputs, tuple):
+        mean, log_std = outputs
+        return torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp().expand_as(mean)), 1)
+    return torch.distributions.Categorical(logits=outputs)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_policies import LowRank, Records, fill, torch_distribution
 from torch import nn
 from torch.func import functional_call
 
@@ -61,14 +62,6 @@ class Bandit(nn.Module):
         return Categorical(self(observations))
 
 
-def fill(module, seed=0):
-    module.double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-
 POLICIES = [Discrete, Continuous, Bandit]
 
 
@@ -84,13 +77,6 @@ def experience(policy, *lead, seed=1):
 def uneven_mask():
     lengths = torch.tensor([4, 1, 3, 0, 2, 4])
     return torch.arange(T) < lengths[:, None]
-
-
-def torch_distribution(outputs):
-    if isinstance(outputs, tuple):
-        mean, log_std = outputs
-        return torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp().expand_as(mean)), 1)
-    return torch.distributions.Categorical(logits=outputs)
 
 
 @torch.no_grad()
@@ -843,19 +829,6 @@ def test_the_same_call_twice_is_the_same_step():
     assert torch.equal(vector_of(other), vector_of(policy))
 
 
-class Records:
-    """Observations of a kind of their own: rows can be counted and picked, nothing else."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return Records(self.rows[index])
-
-
 class Minimal(nn.Module):
     """The whole contract of a policy, and no more: no forward."""
 
@@ -877,28 +850,10 @@ def test_the_contract_is_distribution_alone_and_observations_are_any_rows(settin
     torch.testing.assert_close(vector_of(policy), vector_of(plain), rtol=1e-12, atol=1e-12)
 
 
-class LowRank(nn.Module):
-    """A frozen layer plus B A x, with B = 0 as LoRA starts."""
-
-    def __init__(self):
-        super().__init__()
-        self.base = nn.Linear(D, V)
-        self.a, self.b = nn.Linear(D, 2, bias=False), nn.Linear(2, V, bias=False)
-        fill(self)
-        self.base.requires_grad_(False)
-        nn.init.zeros_(self.b.weight)
-
-    def forward(self, observations):
-        return self.base(observations) + self.b(self.a(observations))
-
-    def distribution(self, observations):
-        return Categorical(self(observations))
-
-
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize("method", ["gauss_newton", "kl_hessian", "finite_difference"])
 def test_a_low_rank_adapter_leaves_its_start(method, damping):
-    policy = LowRank()
+    policy = LowRank(D, V)
     old, batch = copy.deepcopy(policy), experience(policy)
     for _ in range(2):  # A has no gradient at the first step, and one at the second
         old = copy.deepcopy(policy)
