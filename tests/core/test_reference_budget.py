@@ -1,6 +1,5 @@
 """The trust-region step under a budget of the reference KL: gradient, step and acceptance, each by another route."""
 
-import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,41 +8,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import nn
+from tiny_policies import D, Policy, moved, vector_of
 
-from lm_trust.core import Categorical, conjugate_gradient, trust_region_step
+from lm_trust.core import conjugate_gradient, trust_region_step
 from lm_trust.core import trust_region as module
 from lm_trust.core.budget import step_within_budget
 from lm_trust.core.objective import SurrogateObjective
 from lm_trust.core.parameters import assign, trainable_parameters
 
-B, T, D, V = 8, 4, 3, 4
+B, T = 8, 4
 LENGTHS = torch.tensor([4, 1, 3, 2, 4, 4, 0, 2])
 MASK = torch.arange(T) < LENGTHS.unsqueeze(-1)
 STEPS_PER_ROW = LENGTHS.sum().item() / B
-
-
-class Policy(nn.Module):
-    def __init__(self, seed=0, scale=0.6):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, V)).double()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-    def distribution(self, observations):
-        return Categorical(self.net(observations))
-
-
-def moved(policy, scale, seed=3):
-    """A copy some way off."""
-    other = copy.deepcopy(policy)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return other
 
 
 def experience(policy, reference, seed=1):
@@ -61,12 +37,8 @@ def experience(policy, reference, seed=1):
 @torch.no_grad()
 def kl_per_row(policy, reference, observations):
     """Sum over a row's valid steps, mean over rows, with nothing of ours."""
-    one, two = (torch.distributions.Categorical(logits=each.net(observations)) for each in (policy, reference))
+    one, two = (each.independent(observations) for each in (policy, reference))
     return (torch.distributions.kl_divergence(one, two) * MASK).sum().item() / B
-
-
-def vector_of(policy):
-    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
 
 
 def take(policy, given, settings, **more):
