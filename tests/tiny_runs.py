@@ -35,6 +35,11 @@ def prepare(folder):
     """Write what the runs need."""
     write_model(folder / "llama", "llama")
     (folder / "tiny_run_rewards.py").write_text(REWARDS)
+    write_prompts(folder)
+
+
+def write_prompts(folder):
+    """Twelve of them, prompts.jsonl."""
     prompts = [f"{start} film{' very' * number}" for start in ("the", "a", "I saw the") for number in range(4)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
@@ -59,3 +64,8 @@ def metrics(run):
 
     with open(f"{run}/metrics.jsonl", encoding="utf-8") as file:
         return [json.loads(line, parse_constant=refuse) for line in file]
+
+
+def untimed(lines):
+    """Lines of metrics but for the time that they took."""
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]

@@ -1,7 +1,6 @@
 """docs/determinism.md, where no other test holds it already: whole runs, and every byte that they leave behind."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,6 @@ WORLDS = {
     "language": tiny_runs.LANGUAGE | {"completions": {"every": 2, "show": 1}},
     "control": killed_runs.CONTROL,
 }
-TIMING = {"rollout_seconds", "update_seconds", "step_seconds", "iteration_seconds", "steps_per_second"}
 RUNS = """
 import sys
 from lm_trust.cli import main
@@ -33,8 +31,7 @@ def write(folder, name, world, **sections):
 
 def metrics(run):
     """What its metrics.jsonl says but for the time that it took."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    return tiny_runs.untimed(tiny_runs.metrics(run))
 
 
 def episodes(run):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import metrics, prepare, train
+from tiny_runs import metrics, prepare, train, untimed
 from transformers import LlamaForCausalLM
 
 from lm_trust.cli import main
@@ -17,7 +17,6 @@ except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 ROLLOUT = {"batch_size": 6, "max_new_tokens": 4, "engine": "continuous_batching"}
-SECONDS = ("rollout_seconds", "update_seconds", "step_seconds", "iteration_seconds", "steps_per_second")
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +27,9 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def numbers(run):
-    return [{key: value for key, value in line.items() if key not in SECONDS} for line in metrics(run)]
-
-
 def test_a_run_logs_the_mismatch_and_goes_on_exactly(workplace):
     assert train("whole", rollout=ROLLOUT) == 0
-    lines = numbers("whole")
+    lines = untimed(metrics("whole"))
     assert len(lines) == 4
     for line in lines:
         assert abs(line["engine_kl"]) < 1e-6
@@ -42,7 +37,7 @@ def test_a_run_logs_the_mismatch_and_goes_on_exactly(workplace):
         assert line["engine_clipped_fraction"] == 0
     assert train("halves", rollout=ROLLOUT, iterations=2) == 0
     assert main(["train", "--resume", "halves", "--iterations", "4"]) == 0
-    assert numbers("halves") == lines
+    assert untimed(metrics("halves")) == lines
     assert train("generated", rollout={**ROLLOUT, "engine": "generate"}) == 0
     assert "engine_kl" not in metrics("generated")[0]
 

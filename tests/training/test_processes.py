@@ -13,7 +13,7 @@ import pytest
 import torch
 from spread import Workers
 from tiny_policies import MASK, B, T
-from tiny_runs import metrics, prepare, write_config
+from tiny_runs import metrics, prepare, untimed, write_config
 from torch import nn
 
 from lm_trust.cli import main
@@ -139,7 +139,7 @@ def test_a_run_goes_on_exactly_and_in_any_number_of_processes(workers, folder, w
         assert statuses(replies) == [0] * count, replies
         lines = metrics(name)
         assert [line["iteration"] for line in lines] == [line["iteration"] for line in metrics("whole")]
-    assert timeless(metrics("same")) == timeless(metrics("whole"))
+    assert untimed(metrics("same")) == untimed(metrics("whole"))
 
 
 def test_a_language_model_takes_minibatches_that_leave_processes_without_rows(workers, folder):
@@ -148,10 +148,6 @@ def test_a_language_model_takes_minibatches_that_leave_processes_without_rows(wo
     assert statuses(workers.run(command, 4, folder, "train", config)) == [0] * 4
     (line,) = metrics("run")
     assert line["accepted"] and line["gradient_steps"] == 6
-
-
-def timeless(lines):
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
 
 def test_a_reward_that_fails_in_one_process_stops_all_with_a_checkpoint(workers, folder):

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import write_model
+from tiny_runs import write_prompts
 
 from lm_trust.cli import main
 from lm_trust.control.rollout import ControlTask
@@ -171,8 +172,7 @@ def test_a_language_run_is_logged_by_iteration_and_keeps_its_best_adapter(tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     write_model(tmp_path / "gpt2", "gpt2")
     (tmp_path / "tiny_lengths.py").write_text(REWARD)
-    prompts = [f"{start} film{' very' * number}" for start in ("the", "a", "I saw the") for number in range(4)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    write_prompts(tmp_path)
     (tmp_path / "run.yaml").write_text(write_yaml(LANGUAGE | {"output": "run"}))
     assert main(["train", "run.yaml"]) == 0
     run = tmp_path / "run"

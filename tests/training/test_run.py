@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import write_model
+from tiny_runs import untimed, write_prompts
 from transformers import AutoModelForCausalLM
 
 import lm_trust
@@ -135,8 +136,7 @@ def place(tmp_path, monkeypatch, model_folders):
     monkeypatch.setenv("COLUMNS", "80")
     for name, folder in model_folders.items():
         (tmp_path / name).symlink_to(folder)
-    prompts = [f"{start} film{' very' * number}" for start in ("the", "a", "I saw the") for number in range(4)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    write_prompts(tmp_path)
     for name, text in MODULES.items():
         (tmp_path / f"{name}.py").write_text(text)
     yield tmp_path
@@ -178,11 +178,6 @@ class Runs:
         assert untimed(self.metrics(run)) == untimed(self.metrics(other))
         assert differences(self.state(run), self.state(other)) == []
         assert self.evaluation(run) == self.evaluation(other)
-
-
-def untimed(lines):
-    timing = {"rollout_seconds", "update_seconds", "step_seconds", "iteration_seconds", "steps_per_second"}
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
 
 
 def differences(one, other, at="state"):

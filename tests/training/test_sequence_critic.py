@@ -1,6 +1,5 @@
 """The critic of whole sequences: its losses by hand, whole rows as minibatches, and when its network is at work."""
 
-import json
 import shutil
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import write_model
+from tiny_runs import metrics, untimed, write_prompts
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -209,8 +209,7 @@ def place(tmp_path_factory):
     """A folder with a tiny model, prompts, and a config that critics are put into."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "tiny", "llama")
-    prompts = [f"{start} film{' very' * number}" for start in ("the", "a", "I saw the") for number in range(4)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    write_prompts(folder)
     return folder
 
 
@@ -233,17 +232,12 @@ def write_config(place, name, critic):
     return path
 
 
-def untimed(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
-
-
 @pytest.mark.parametrize("kind", ["adapter", "model"])
 def test_a_run_with_it_goes_on_exactly_and_saves_the_policy_alone(place, kind):
     config = write_config(place, kind, {"kind": kind, "r": 3, "learning_rate": 0.01, "epochs": 3, "minibatches": 2})
     assert main(["train", str(config)]) == 0
     run = place / kind
-    whole = untimed(run)
+    whole = untimed(metrics(run))
     assert [line["iteration"] for line in whole] == [1, 2, 3]
     assert all(line["value_loss"] > 0 and line["explained_variance"] is not None for line in whole)
     last = load_checkpoint(run / "checkpoints")
@@ -260,7 +254,7 @@ def test_a_run_with_it_goes_on_exactly_and_saves_the_policy_alone(place, kind):
     for iteration in (2, 3):
         shutil.rmtree(run / "checkpoints" / f"{iteration:08d}")
     assert main(["train", "--resume", str(run)]) == 0
-    assert untimed(run) == whole
+    assert untimed(metrics(run)) == whole
     again = load_checkpoint(run / "checkpoints")["critic"]["network"]
     assert all(torch.equal(again[name], weight) for name, weight in last["critic"]["network"].items())
 
