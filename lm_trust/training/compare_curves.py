@@ -72,8 +72,8 @@ def plot_runs(
     if output.suffix != ".png":
         raise UserError(f"--output: {output} is not the name of a picture; let it end in .png")
     runs = list({run.resolve(): run for run in runs}.values())
-    metrics = {run: _metrics(run) for run in runs}
     configs = {run: load_config(run / "config.yaml", check_files=False, saved=True) for run in runs}
+    metrics = {run: _metrics(run) for run in runs}
     series = {run: _series(_records(run, metrics[run], metric), metrics[run], metric, x) for run in runs}
     if not any(len(places) for places, _ in series.values()):
         raise UserError(_no_metric(metrics.values(), metric))
@@ -118,8 +118,6 @@ def group_curve(label: str, series: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
 
 
 def _metrics(run: Path) -> list[Record]:
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: not a run folder: it holds no config.yaml")
     metrics = RunFolder(run).metrics()
     if not metrics:
         raise UserError(f"{run}: nothing to plot yet: it has no metrics.jsonl, or an empty one")

@@ -11,7 +11,7 @@ from rich.console import Console
 from lm_trust.errors import UserError
 from lm_trust.training.best import best_folder
 from lm_trust.training.build import build_language_policy, build_tokenizer, build_world
-from lm_trust.training.config import Config, LanguageConfig
+from lm_trust.training.config import LanguageConfig
 from lm_trust.training.config_file import load_config
 from lm_trust.training.progress import encodable
 from lm_trust.training.run_folder import RunFolder
@@ -32,7 +32,7 @@ def evaluate(run: Path, count: int | None = None, best: bool = False, *, videos:
     Raises:
         UserError: the folder is not that of a run, has no best policy, or cannot be shown.
     """
-    config, console = _config_of(run), Console()
+    config, console = load_config(run / "config.yaml", saved=True), Console()
     policy = best_folder(run) if best else run
     count = count or config.evaluation.count
     config = to_watch(config, run, count=count, videos=videos, render=render)
@@ -73,7 +73,7 @@ def generate(
     from lm_trust.lm.saving import ADAPTER, load_trained, trained_name
 
     # Only the model is needed: the prompts and the reward may have moved since.
-    config = _config_of(run, check_files=False)
+    config = load_config(run / "config.yaml", check_files=False, saved=True)
     if not isinstance(config, LanguageConfig):
         raise UserError(f"{run}: this is a control run; `generate` is for language runs")
     if not prompt:
@@ -120,7 +120,7 @@ def merge(run: Path, output: Path | None = None, best: bool = False) -> int:
     from lm_trust.lm.merging import merge_adapter
     from lm_trust.lm.saving import ADAPTER, MODEL
 
-    config = _config_of(run, check_files=False)
+    config = load_config(run / "config.yaml", check_files=False, saved=True)
     if not isinstance(config, LanguageConfig):
         raise UserError(f"{run}: this is a control run; `merge` is for language runs")
     policy = best_folder(run) if best else run
@@ -138,9 +138,3 @@ def merge(run: Path, output: Path | None = None, best: bool = False) -> int:
     )
     print(f"Merged model: {output}")
     return 0
-
-
-def _config_of(run: Path, *, check_files: bool = True) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: not a run folder (it has no config.yaml)")
-    return load_config(run / "config.yaml", check_files=check_files, saved=True)
