@@ -24,7 +24,7 @@ class Minibatch(NamedTuple):
 
 
 def shuffled(placed: RowRange, minibatches: int, generator: torch.Generator) -> tuple[Tensor, list[Minibatch]]:
-    """One pass over the rows of all processes, in an order that does not hang on how they are spread.
+    """One pass over the rows of all processes, in an order that does not depend on how they are spread.
 
     Args:
         placed: the rows, of which this process holds some.

@@ -25,7 +25,7 @@ class AdamRule:
         prepare: of the policy and a minibatch, to further (B, T) tensors for the objective.
         entropy: weight of the entropy bonus.
         microbatch_size: rows differentiated at a time; changes memory, not the result.
-        reference_loss: weight of the exact KL(policy || reference) in the loss.
+        reference_loss: weight of the exact KL(policy || reference), which is taken off the objective.
         reference_budget: bound on that KL, nats per row (sequence); see `ReferenceBudget`.
         epochs, minibatches, learning_rate, anneal, max_grad_norm, seed: see `MinibatchAdam`.
     """

@@ -29,7 +29,7 @@ class PPOClip:
         anneal_entropy: bring that weight linearly to zero over the training.
         target_kl: stop the epochs once a minibatch's k3 estimate is over 1.5 times this; None never stops.
         microbatch_size: rows differentiated at a time; changes memory, not the result.
-        reference_loss: weight of the exact KL(policy || reference) in the loss.
+        reference_loss: weight of the exact KL(policy || reference), which is taken off the objective.
         reference_budget: bound on that KL, nats per row (sequence); see `ReferenceBudget`.
         epochs, minibatches, learning_rate, anneal, max_grad_norm, seed: see `MinibatchAdam`.
     """

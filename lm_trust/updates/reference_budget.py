@@ -24,11 +24,12 @@ BAND = 0.25  # of the budget: the room in which the multiplier grows from zero t
 
 
 class ReferenceBudget:
-    """Weighs the reference KL in the loss of an update, and says when its epochs end.
+    """Weighs the reference KL in the objective of an update, and says when its epochs end.
 
     Args:
         budget: nats per row (sequence); None: no bound.
-        loss: the fixed weight of the exact KL(policy || reference), in objective units per nat of the mean step.
+        loss: `reference_loss` of the rules, the fixed weight of the exact KL(policy || reference), in objective units
+            per nat of the mean step.
 
     Attributes:
         multiplier: what is added to `loss` now, in the same units; never negative.

@@ -27,7 +27,7 @@ def test_no_rows_are_no_minibatches():
     assert parts == []
 
 
-def test_the_cut_does_not_hang_on_how_the_rows_are_spread():
+def test_the_cut_does_not_depend_on_how_the_rows_are_spread():
     _, alone = shuffled(RowRange(0, 10, 10), 4, torch.Generator().manual_seed(3))
     spread = [shuffled(RowRange(first, 5, 10), 4, torch.Generator().manual_seed(3)) for first in (0, 5)]
     assert all([part.total for part in parts] == [part.total for part in alone] for _, parts in spread)

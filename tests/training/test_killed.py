@@ -228,7 +228,7 @@ def test_a_disk_that_may_only_be_read(control, small_disk):
 
 
 def test_a_clock_that_jumps(control, tmp_path, monkeypatch):
-    """Nothing that counts hangs on the time of day; this process runs it, so that the clock can be set."""
+    """Nothing that counts depends on the time of day; this process runs it, so that the clock can be set."""
     from lm_trust.cli import main
 
     now, jumps = time.time, iter([0, 86_400, -86_400] * 10_000)
