@@ -65,7 +65,7 @@ class MinibatchAdam:
             raise ValueError(f"epochs and minibatches must be 1 or more, got {epochs} and {minibatches}")
         self._learning_rate, self._anneal = learning_rate, anneal
         self._epochs, self._minibatches = epochs, minibatches
-        self._limit = math.inf if max_grad_norm is None else max_grad_norm
+        self._max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self._generator = make_generator(seed, "update.minibatches")
         self._optimizer: torch.optim.Adam | None = None
         self._saved_optimizer: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class MinibatchAdam:
         batch: Batch,
         differentiate: Callable[[Batch, int], bool],
         *,
-        reference: ReferenceBudget | None = None,
+        reference: ReferenceBudget,
         max_kl: float = math.inf,
         needs_gain: bool = False,
         price: float = 0.0,
@@ -96,7 +96,7 @@ class MinibatchAdam:
             policy, batch: as for every update rule.
             differentiate: of a minibatch's rows here and the number of its rows in all processes; leaves the gradient
                 of its loss in the parameters' `.grad`; False ends the epochs.
-            reference: how KL(policy || reference) counts; None: not at all.
+            reference: how KL(policy || reference) counts.
             max_kl: bound on the mean exact step KL, nats per step.
             needs_gain: whether the surrogate must improve, by more than `price` a nat of the largest step KL.
             microbatch_size: rows measured at a time.
@@ -106,7 +106,6 @@ class MinibatchAdam:
         Raises:
             ValueError: the policy trains parameters that it did not at the first step.
         """
-        reference = reference or ReferenceBudget(None, 0.0)
         parameters = trainable_parameters(policy)
         optimizer = self._prepared_optimizer(parameters, batch.progress)
         start = [parameter.detach().clone() for parameter in parameters]
@@ -184,7 +183,7 @@ class MinibatchAdam:
             ordered = batch[order]
             for rows, total in parts:
                 go_on = differentiate(_some_row(ordered[rows], batch), total)
-                norm = clip_gradients(parameters, self._limit)
+                norm = _clip_gradients(parameters, self._max_grad_norm)
                 if not math.isfinite(norm):
                     return False
                 if not go_on:
@@ -309,7 +308,7 @@ def _just_within(
     return found, within
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
+def _clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale the parameters' gradients together to at most this norm; returns the norm that they had."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # One norm of one vector: nn.utils.clip_grad_norm_ takes four times as long on networks of this size.
@@ -317,8 +316,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
     norm = torch.linalg.vector_norm(gradient).item()
     if not math.isfinite(norm):  # the squares of finite numbers may not fit
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
-    if norm > limit:
-        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+    if norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
     return norm
 
 

@@ -253,7 +253,7 @@ def test_a_move_that_only_leads_away_is_undone():
         return True
 
     # Once within reach, so that there are moments to be restored.
-    adam.step(policy, batch, outwards)
+    adam.step(policy, batch, outwards, reference=ReferenceBudget(None, 0.0))
     start, moments = vector_of(policy), copy.deepcopy(adam.state_dict()["optimizer"]["state"])
     batch = batch_for(policy, reference)
     report = adam.step(policy, batch, outwards, reference=budget)
