@@ -182,25 +182,6 @@ class Trpo(Section):
     )
 
 
-class PpoClip(Section):
-    """Clipped surrogate, several epochs of Adam a batch (PPO)."""
-
-    kind: Literal["ppo_clip"] = "ppo_clip"
-    clip: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip ...")
-    clip_high: Rate | None = Field(None, description="... and at 1 + clip_high; null: as clip")
-    epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = MINIBATCHES
-    learning_rate: Rate = Field(3e-4, description="Adam's step size")
-    anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
-    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    anneal_entropy: bool = Field(False, description="let the entropy bonus fall to 0 over the run")
-    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
-    target_kl: Rate | None = Field(
-        None,
-        description="step KL: the epochs end where a minibatch's k3 estimate is over 1.5 times it; null: never",
-    )
-
-
 class AdamUpdate(Section):
     """What the rules of several epochs of Adam share."""
 
@@ -211,6 +192,19 @@ class AdamUpdate(Section):
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+
+
+class PpoClip(AdamUpdate):
+    """Clipped surrogate, several epochs of Adam a batch (PPO)."""
+
+    kind: Literal["ppo_clip"] = "ppo_clip"
+    clip: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip ...")
+    clip_high: Rate | None = Field(None, description="... and at 1 + clip_high; null: as clip")
+    anneal_entropy: bool = Field(False, description="let the entropy bonus fall to 0 over the run")
+    target_kl: Rate | None = Field(
+        None,
+        description="step KL: the epochs end where a minibatch's k3 estimate is over 1.5 times it; null: never",
+    )
 
 
 class PpoPenalty(AdamUpdate):
