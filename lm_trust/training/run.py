@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -155,14 +156,8 @@ def _iterate(
                 progress.message(_stopped(trainer, ending))
                 return
         while trainer.iteration < trainer.iterations and not interruption.requested():
-            try:
+            with _saving(config, world, folder, f"iteration {trainer.iteration + 1}", collecting=True):
                 metrics = trainer.iterate()
-            except Exception as error:
-                if trainer.collecting:
-                    _save(config, world, folder)
-                    if isinstance(error, UserError):
-                        raise _with_checkpoint(error, f"iteration {trainer.iteration + 1}") from error
-                raise
             if recorder is not None:
                 recorder.iteration(metrics)
             progress.update(metrics)
@@ -174,19 +169,14 @@ def _iterate(
                     write_completions(folder, trainer.iteration, samples)
                     show_completions(trainer.iteration, samples, tables.show, console)
             if ending is not None and ending.failed:
-                _save(config, world, folder)
-                raise _with_checkpoint(UserError(ending.words), f"iteration {trainer.iteration}")
+                with _saving(config, world, folder, f"iteration {trainer.iteration}"):
+                    raise UserError(ending.words)
             if ending is not None:
                 progress.message(_stopped(trainer, ending))
                 return
             if _due(config.evaluation.every, trainer.iteration, trainer.iterations):
-                try:
+                with _saving(config, world, folder, f"evaluation after iteration {trainer.iteration}"):
                     _evaluate(config, world, folder, recorder)
-                except Exception as error:
-                    _save(config, world, folder)
-                    if isinstance(error, UserError):
-                        raise _with_checkpoint(error, f"evaluation after iteration {trainer.iteration}") from error
-                    raise
             if _due(config.checkpoint.every, trainer.iteration, trainer.iterations):
                 _save(config, world, folder)
 
@@ -213,8 +203,24 @@ def _stopped(trainer: Trainer, ending: Ending) -> str:
     return f"Stopped after iteration {trainer.iteration} of {trainer.iterations}: {ending.words}"
 
 
-def _with_checkpoint(error: UserError, when: str) -> UserError:
-    return UserError(f"{error} ({when}; a checkpoint was written)")
+@contextmanager
+def _saving(config: Config, world: World, folder: RunFolder, when: str, *, collecting: bool = False) -> Iterator[None]:
+    """What fails within the context leaves a checkpoint, and says so where the error is the user's.
+
+    Args:
+        config, world, folder: the run's.
+        when: for the message.
+        collecting: only while a rollout is collected; beyond that, policy and critic may have learnt a part.
+    """
+    try:
+        yield
+    except Exception as error:
+        if collecting and not world.trainer.collecting:
+            raise
+        _save(config, world, folder)
+        if isinstance(error, UserError):
+            raise UserError(f"{error} ({when}; a checkpoint was written)") from error
+        raise
 
 
 def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder | None, console: Console) -> None:
