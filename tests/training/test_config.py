@@ -592,12 +592,6 @@ def test_arguments_are_a_section(folder):
     ]
 
 
-def test_the_bundled_model_misspelt_is_told_before_the_hub_is_asked(folder):
-    for wrong in ("smolm2-135m", "SmolLM2-135M"):
-        (problem,) = problems("lm.yaml", ("model.path", wrong))
-        assert problem.startswith(f"command line: model.path: no model '{wrong}' here; did you mean smollm2-135m?")
-
-
 def test_a_hub_id_is_no_slip_for_a_folder_of_another_size(folder):
     os.makedirs("owner/model-1B")
     for name in ("gpt2", "distilgpt2", "owner/model-3B", "owner/smolm2-135m"):
