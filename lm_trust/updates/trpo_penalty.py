@@ -12,6 +12,7 @@ promises an improvement; with its own C the steps are minute, and a smaller one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.passes import passes
-from lm_trust.core.processes import largest, summed
+from lm_trust.core.processes import gathered, largest, process_index, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.rows import select_rows
 from lm_trust.core.surrogate import ratio
@@ -75,9 +76,10 @@ class TRPOPenalty(AdamRule):
         ]
         step_kl = torch.where(mask, torch.cat(parts), -1.0)
         weights = torch.zeros_like(step_kl)
-        here = step_kl.max() if step_kl.numel() else step_kl.new_tensor(-1.0)
         steps = summed(mask.sum())
-        if largest(here) == here and step_kl.numel():
+        # Several processes may have it, as where they hold rows of one prompt: the first of them counts.
+        furthest = gathered(step_kl.max().item() if step_kl.numel() else -math.inf)
+        if furthest.index(max(furthest)) == process_index() and step_kl.numel():
             weights.view(-1)[step_kl.argmax()] = steps
         return (weights,)
 

@@ -132,6 +132,19 @@ def test_the_processes_hold_the_same_bits(workers):
         assert all(torch.equal(vector, vectors[0]) for vector in vectors)
 
 
+def updated_on_rows_that_are_alike():
+    policy = Policy()
+    whole = batch_for(policy, mask=None)[torch.zeros(B, dtype=torch.long)]
+    rule = TRPOPenalty(learning_rate=0.01, epochs=3, minibatches=1, coefficient=3.0)
+    rule.step(policy, whole[share_of(B).slice])
+    return vector_of(policy)
+
+
+def test_the_step_that_is_furthest_off_counts_once_where_several_processes_have_it(workers):
+    for vector in workers.run(updated_on_rows_that_are_alike, 2):
+        torch.testing.assert_close(vector, updated_on_rows_that_are_alike(), rtol=0, atol=1e-8)
+
+
 def test_the_shares_are_uneven():
     """Otherwise means of means would pass these tests."""
     counts = MASK.sum(-1)
