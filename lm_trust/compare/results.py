@@ -74,8 +74,8 @@ class CellResult:
 def gradients(line: Record, config: Config) -> float:
     """What an update cost in gradients of the whole batch: passes over its tokens, with the backward one counted.
 
-    A Fisher product is counted as a gradient on its share of the rows, a measurement of the whole batch as a forward
-    pass. The pass that scores the batch under the policy that sampled it is common to all rules and not counted.
+    A Fisher product is counted as a gradient on its share of the rows, a candidate as a forward pass. The pass that
+    scores the batch under the policy that sampled it is common to all rules and not counted.
 
     Args:
         line: of metrics.jsonl.
@@ -86,7 +86,8 @@ def gradients(line: Record, config: Config) -> float:
         spent = line["gradient_steps"] / getattr(update, "minibatches", 1)
     else:
         spent = 1 + (line.get("cg_iterations") or 0) * getattr(update, "fisher_fraction", 1.0)
-    return spent + FORWARD * (1 + (line.get("backtracks") or 0))
+    # Runs of before this was noted: no fewer than these, had the line search left no length out.
+    return spent + FORWARD * line.get("candidates", 1 + (line.get("backtracks") or 0))
 
 
 def read_cell(cell: Cell) -> CellResult:

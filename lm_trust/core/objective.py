@@ -92,6 +92,7 @@ class SurrogateObjective:
             reference is looked at.
         reference_gradient: (P,) its gradient there, where `bounded`.
         linearisation: of the policy there, at the rows that `gradient` was asked to linearise.
+        candidates: how often `measure` was asked, each time a forward pass over the batch.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class SurrogateObjective:
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None
         self.linearisation: Linearisation | None = None
+        self.candidates = 0
         self._observations = observations
         self._actions = actions if mask is None else _possible(actions, self.mask)
         self._advantages = torch.where(self.mask, advantages, 0.0)
@@ -192,6 +194,7 @@ class SurrogateObjective:
     @torch.no_grad()
     def measure(self) -> Measurement:
         """The present parameters beside theta_old."""
+        self.candidates += 1
         value, mean_kl, max_kl, reference_kl = 0.0, 0.0, 0.0, 0.0
         for rows, old in zip(self._chunks, self._old, strict=True):
             with at_rest(self.policy):

@@ -18,7 +18,9 @@ class StepReport:
         step_kl_max: its maximum over valid steps.
         surrogate_gain: measured change of the mean surrogate objective; 0.0 after a rejection.
         predicted_gain: what the linear model foretold for the step taken; None where a rule predicts nothing.
-        backtracks: how many times the step was shortened by the backtrack ratio.
+        backtracks: how many times the step was shortened by the backtrack ratio; not all of the lengths between are
+            tried.
+        candidates: steps that were measured, each by a forward pass over the batch.
         step_fraction: the share of the full step that was taken; 0.0 after a rejection.
         cg_iterations: Fisher products spent.
         cg_residual: |g - (F + damping I) x| / |g|.
@@ -35,6 +37,7 @@ class StepReport:
     surrogate_gain: float = 0.0
     predicted_gain: float | None = 0.0
     backtracks: int = 0
+    candidates: int = 0
     step_fraction: float = 0.0
     cg_iterations: int = 0
     cg_residual: float = 0.0

@@ -195,7 +195,7 @@ def line_search(
             fraction = backtrack_ratio**backtracks
             assign(parameters, theta + fraction * full_step)
             found = objective.measure()
-            report.backtracks = backtracks
+            report.backtracks, report.candidates = backtracks, objective.candidates
             further = 1
             if not found.finite:
                 report.reason = "non_finite"

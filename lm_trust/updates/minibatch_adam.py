@@ -153,6 +153,7 @@ class MinibatchAdam:
                     needs_gain=needs_gain,
                     price=price,
                 )
+                report.candidates = objective.candidates
         finally:
             # Also where something raised, so that no error leaves the policy at a move that nobody certified.
             if not report.accepted:

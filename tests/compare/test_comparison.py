@@ -387,7 +387,7 @@ def test_a_cell_reads_as_its_run_tells(files):
     metrics = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step_kl"] for row in result.rows] == [line["step_kl"] for line in metrics]
     # A gradient, the Fisher products on all rows, a forward pass for each candidate of the line search.
-    spent = sum(1 + line["cg_iterations"] + (1 + line["backtracks"]) / 3 for line in metrics)
+    spent = sum(1 + line["cg_iterations"] + line["candidates"] / 3 for line in metrics)
     assert result.summary["gradients"] == pytest.approx(spent)
     assert result.rows[-1]["seconds"] == pytest.approx(sum(line["iteration_seconds"] for line in metrics))
     taken = [line["step_seconds"] for line in metrics]

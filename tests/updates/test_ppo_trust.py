@@ -37,6 +37,21 @@ def test_is_never_over_its_bound_and_always_on_ppos_line(kind, max_kl):
     assert min(seen.values()) >= 2
 
 
+@pytest.mark.parametrize("learning_rate", [1e-4, 0.03])
+def test_candidates_are_the_passes_that_ppo_has_no_need_of_and_its_one(monkeypatch, learning_rate):
+    passes, candidates = [], []
+    for rule in (PPOClip(learning_rate=learning_rate), PPOTrust(learning_rate=learning_rate, max_kl=0.001)):
+        policy, count = Policy(), []
+        batch, forward = batch_for(policy), policy.distribution
+        monkeypatch.setattr(
+            policy, "distribution", lambda x, count=count, forward=forward: count.append(x) or forward(x)
+        )
+        candidates.append(rule.step(policy, batch).candidates)
+        passes.append(len(count))
+    assert candidates[0] == 1 and candidates[1] - 1 == passes[1] - passes[0]
+    assert (candidates[1] > 1) == (learning_rate == 0.03)
+
+
 @pytest.mark.parametrize("max_kl", [-1.0, float("nan")])
 def test_a_bound_that_nothing_keeps_is_an_error(max_kl):
     with pytest.raises(ValueError, match=f"max_kl must be 0 or more, got {max_kl}"):

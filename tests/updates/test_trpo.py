@@ -98,6 +98,19 @@ def test_the_next_line_search_starts_where_the_last_one_ended():
     assert torch.equal(vector_of(policy), vector_of(same))
 
 
+def test_candidates_are_the_passes_of_the_line_search(monkeypatch):
+    """The lengths that it does not try, as it starts where the last one ended, cost nothing."""
+    rule, policy, passes = TRPO(max_kl=0.5, damping=0.0, backtrack_ratio=0.9), Policy(), []
+    forward = policy.distribution
+    monkeypatch.setattr(policy, "distribution", lambda x: passes.append(torch.is_grad_enabled()) or forward(x))
+    for seed in (1, 2):
+        batch = batch_for(policy, seed=seed)
+        passes.clear()
+        report = rule.step(policy, batch)
+        assert report.candidates == passes.count(False) > 0
+    assert report.candidates < 1 + report.backtracks
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.75])
 def test_an_annealed_bound_falls_with_the_progress(progress):
     policy, plain = Policy(), Policy()
