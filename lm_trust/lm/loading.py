@@ -34,6 +34,8 @@ from lm_trust.lm.pretrained import described, quiet, refuse_pickle, source_of
 from lm_trust.lm.sharding import shard
 from lm_trust.lm.text_models import load_model, positions_of, require_vocabulary
 
+ALL_LINEAR = "all-linear"  # peft's word for them
+
 
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
@@ -129,7 +131,8 @@ def attach_adapter(
     Args:
         base: frozen model; or a PEFT model, which gets one adapter more and goes on with the one it had.
         r, alpha: rank and scale.
-        targets: module names; None lets peft choose by architecture (attention's query and value projections).
+        targets: module names, or `ALL_LINEAR` alone: every linear layer but the output head; None lets peft choose by
+            architecture (attention's query and value projections).
         seed: of the initial A matrices; the caller's generators are left as they were.
         name: the adapter's.
         revision: of the base, which the adapter records.
@@ -143,7 +146,7 @@ def attach_adapter(
         task_type=task_type,
         r=r,
         lora_alpha=alpha,
-        target_modules=targets,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         lora_dropout=0.0,
         fan_in_fan_out=conv1d,
         revision=revision,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section
+from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Targets
 
 
 class Lora(Section):
     r: Positive = Field(8, description="rank of the adapter")
     alpha: Positive = Field(16, description="the adapter is scaled by alpha / r")
-    targets: Annotated[list[Name], Field(min_length=1)] | None = Field(
-        None, description="modules to adapt; null: chosen by architecture"
+    targets: Targets | None = Field(
+        None, description="modules to adapt, or all-linear: all but the output head; null: chosen by architecture"
     )
 
 

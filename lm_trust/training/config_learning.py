@@ -18,12 +18,18 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _listed(value: Any) -> Any:
+    """peft takes one name, or its word for all linear layers, without a list."""
+    return [value] if isinstance(value, str) else value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Positive = Annotated[Whole, Field(gt=0, le=10**12)]  # beyond it a count is a slip, and would overflow
 Count = Annotated[Whole, Field(ge=0, le=10**12)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Targets = Annotated[list[Name], Field(min_length=1), BeforeValidator(_listed)]
 Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]
 
 
@@ -136,8 +142,8 @@ class AdapterHead(Section):
     kind: Literal["adapter"] = "adapter"
     r: Positive = Field(8, description="rank of the critic's adapter")
     alpha: Positive = Field(16, description="the adapter is scaled by alpha / r")
-    targets: Annotated[list[Name], Field(min_length=1)] | None = Field(
-        None, description="modules to adapt; null: chosen by architecture"
+    targets: Targets | None = Field(
+        None, description="modules to adapt, or all-linear: all but the output head; null: chosen by architecture"
     )
     learning_rate: Rate = Field(3e-4, description="AdamW's step size")
     epochs: Positive = Field(2, description="passes over an iteration's experience")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Phi3Config,
     XLNetConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lm_trust.errors import UserError
 from lm_trust.lm.loading import (
@@ -305,6 +307,15 @@ def test_targets_are_the_architectures_or_the_users(model_folder, architecture):
     policy = load_policy(str(model_folder), r=3, alpha=7, targets=[mlp])
     assert all(mlp in name for name, value in policy.named_parameters() if value.requires_grad)
     assert (policy.model.peft_config["default"].r, policy.model.peft_config["default"].lora_alpha) == (3, 7)
+
+
+@pytest.mark.filterwarnings("error")
+def test_all_linear_adapts_every_linear_layer_but_the_output_head(model_folder):
+    policy = load_policy(str(model_folder), r=2, targets=["all-linear"])
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)} - {"lm_head"}
+    adapted = {name.split(".lora_")[0] for name, value in policy.named_parameters() if value.requires_grad}
+    assert {name.removeprefix("model.base_model.model.") for name in adapted} == linear
 
 
 def test_an_adapter_records_the_revision_of_its_base(model_folder, tmp_path):

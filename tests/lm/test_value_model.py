@@ -11,7 +11,7 @@ from lm_trust.errors import UserError
 from lm_trust.lm.loading import load_policy, load_tokenizer
 from lm_trust.lm.policy import TokenObservations
 from lm_trust.lm.saving import load_trained, save_adapter
-from lm_trust.lm.value_model import adapter_critic, common_context, model_critic
+from lm_trust.lm.value_model import CRITIC_ADAPTER, adapter_critic, common_context, model_critic
 from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
 from lm_trust.training.config_learning import Gae
 from lm_trust.training.estimation import estimate_advantages
@@ -339,6 +339,15 @@ def test_bad_targets_are_named_by_the_critics_key(make_policy, make_network, kin
     for targets in (["nothing"], ["lm_head"]):
         with pytest.raises(UserError, match=r"^critic\.targets: .*(nothing|lm_head)"):
             make_network(kind, make_policy(), targets=targets)
+
+
+@one_architecture
+def test_all_linear_layers_are_the_models_and_not_those_of_the_policys_adapter(make_policy):
+    policy = make_policy(moved=False)
+    adapter_critic(policy, r=2, targets=["all-linear"])
+    adapted = policy.model.peft_config[CRITIC_ADAPTER].target_modules
+    assert any("c_fc" in name for name in adapted) and any("c_attn" in name for name in adapted)
+    assert not any("lora" in name or "lm_head" in name for name in adapted)
 
 
 def test_a_missing_model_is_named_by_the_critics_key(tmp_path):

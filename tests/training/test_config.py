@@ -312,6 +312,7 @@ def test_overrides_reach_sections_lists_and_negative_numbers(folder):
     assert (config.update.max_kl, config.rewards[0].weight, config.seed) == (0.02, -2.0, 7)
     assert config.rewards[0].name == "vader"
     assert config.model.lora.targets == ["q_proj"]
+    assert lm(model__lora__targets="all-linear").model.lora.targets == ["all-linear"]
     assert control(policy__log_std="-0.5").policy.log_std == -0.5
     assert control(policy__hidden="[8]", update="{max_kl: 0.5}").update.max_kl == 0.5
     assert lm(critic__clip="null").critic.clip is None
