@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lm_trust.compare.words import cell_name, knob_text
 from lm_trust.errors import UserError
 from lm_trust.training.config import Config, ConfigError, LanguageConfig
-from lm_trust.training.config_file import load_config, load_plain
+from lm_trust.training.config_file import load_compare_config, load_config
 from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Seed
 from lm_trust.training.config_leaves import differing_keys, leaves
 
@@ -168,7 +168,7 @@ def load_comparison(
         UserError: one line for each problem, from this file or from a run's config; nothing has been started.
     """
     path = os.fspath(path)
-    config = load_plain(path, CompareConfig, overrides)
+    config = load_compare_config(path, CompareConfig, overrides)
     folder = Path(output or config.output or Path("runs") / Path(path).stem).expanduser()
     base = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(config.base)))
     cells = [

@@ -26,6 +26,14 @@ from lm_trust.training.config_stages import RewardModelConfig, SftConfig, StageC
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
+_TRAIN, _STAGES, _COMPARE = "lm-trust train", "lm-trust sft or lm-trust reward-model", "lm-trust compare"
+# Which commands a config is for, by the sections that tell; the first that are all there.
+_COMMANDS = {
+    ("base", "rules"): _COMPARE,
+    ("data", "model"): _STAGES,
+    ("prompts", "model"): _TRAIN,
+    ("environment",): _TRAIN,
+}
 _DEEPEST = 8  # parts of an override's key; no config is nearly as deep
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -60,6 +68,7 @@ def load_config(
     """
     path = os.fspath(path)
     stack = _stack(path, layers, overrides)
+    _require_command(_TRAIN if root is None else _STAGES, stack, path)
     root = root or _world(stack, path)
     config, sources = _validated(root, [(path, _default_kinds(root, stack)), *stack], path, saved=saved)
     config, found = _resolve(config, path, check_files)
@@ -68,14 +77,16 @@ def load_config(
     return config
 
 
-def load_plain(path: str | os.PathLike, root: type[Root], overrides: Sequence[tuple[str, str]] = ()) -> Root:
-    """The validated config of a file that describes no run or stage: nothing in it is looked up or filled in.
+def load_compare_config(path: str | os.PathLike, root: type[Root], overrides: Sequence[tuple[str, str]] = ()) -> Root:
+    """The validated config of a comparison; it describes no run, so nothing in it is looked up or filled in.
 
     Raises:
         UserError: one line for each problem.
     """
     path = os.fspath(path)
-    return _validated(root, _stack(path, (), overrides), path)[0]
+    stack = _stack(path, (), overrides)
+    _require_command(_COMPARE, stack, path)
+    return _validated(root, stack, path)[0]
 
 
 def dump(config: Config | StageConfig) -> str:
@@ -207,16 +218,24 @@ def _merge_items(items: list[Any], layer: dict[str, Any], source: str, sources: 
     return [merged[str(index)] for index in range(len(items))]
 
 
+def _sections(layers: Sequence[Layer]) -> set[str]:
+    return {name for _, layer in layers for name in layer}
+
+
+def _require_command(command: str, layers: Sequence[Layer], path: str) -> None:
+    """See that the sections, where they tell which command a config is for, do not tell of another one."""
+    names = _sections(layers)
+    for sections, other in _COMMANDS.items():
+        if names.issuperset(sections):
+            if other != command:
+                given = f"{sections[0]} is" if len(sections) == 1 else f"{' and '.join(sections)} are"
+                raise UserError(f"{plain(path)}: {given} given, as for {other}")
+            return
+
+
 def _world(layers: Sequence[Layer], path: str) -> type[LanguageConfig] | type[ControlConfig]:
     """Which world a config is of: told by the section that only one of them has."""
-    names = {name for _, layer in layers for name in layer}
-    if {"data", "model"} <= names:
-        raise UserError(
-            f"{plain(path)}: data and model are given, as for lm-trust sft or lm-trust reward-model; "
-            "a run of lm-trust train has prompts or an environment"
-        )
-    if {"base", "rules"} <= names:
-        raise UserError(f"{plain(path)}: base and rules are given, as for lm-trust compare")
+    names = _sections(layers)
     if {"environment", "model"} <= names:
         raise UserError(
             f"{plain(path)}: both environment (a control run) and model (a language run) are given; keep one"

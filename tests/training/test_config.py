@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -572,8 +573,9 @@ def test_a_key_of_another_command_is_told_before_a_likeness(folder):
     assert problems("control.yaml", ("iterations", "5")) == [
         "command line: iterations: unknown key here; it belongs to language runs"
     ]
-    with pytest.raises(UserError, match=r"lm\.yaml: iterations: unknown key here; it belongs to language runs"):
-        load_config("lm.yaml", root=SftConfig)
+    write("stage.yaml", "model: {path: gpt2}\ndata: {path: rows.jsonl}\niterations: 3\n")
+    with pytest.raises(UserError, match=r"stage\.yaml: iterations: unknown key here; it belongs to language runs"):
+        load_config("stage.yaml", root=SftConfig)
 
 
 def test_a_key_of_no_critic_says_where_no_critic_comes_from(folder):
@@ -794,9 +796,26 @@ def test_every_config_that_comes_with_the_package_is_valid(path):
     assert config.output.startswith("runs/")
 
 
-def test_a_comparison_is_not_a_run():
-    with pytest.raises(UserError, match="base and rules are given, as for lm-trust compare"):
-        load_config(CONFIGS / "compare/cartpole.yaml")
+OF_OTHERS = {
+    "compare/cartpole.yaml": "base and rules are given, as for lm-trust compare",
+    "lm/sentiment_trpo.yaml": "prompts and model are given, as for lm-trust train",
+    "control/cartpole_trpo.yaml": "environment is given, as for lm-trust train",
+    "lm/pipeline/sft.yaml": "data and model are given, as for lm-trust sft or lm-trust reward-model",
+}
+
+
+@pytest.mark.parametrize("path", OF_OTHERS)
+def test_a_config_of_another_command_is_told_in_one_line(path):
+    commands = {
+        "lm-trust train": load_config,
+        "lm-trust sft or lm-trust reward-model": partial(load_config, root=SftConfig),
+        "lm-trust compare": load_comparison,
+    }
+    commands.pop(OF_OTHERS[path].partition("as for ")[2])
+    for load in commands.values():
+        with pytest.raises(UserError) as error:
+            load(CONFIGS / path)
+        assert str(error.value) == f"{CONFIGS / path}: {OF_OTHERS[path]}"
 
 
 @pytest.mark.parametrize(
