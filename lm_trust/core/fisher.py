@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_trust.core.at_rest import at_rest
-from lm_trust.core.distributions import Distribution
+from lm_trust.core.distributions import Distribution, require_members
 from lm_trust.core.linearisation import (
     NOT_TWICE,
     Linearisation,
@@ -201,7 +201,9 @@ def _finite_difference(
 ) -> Product:
     theta = flatten([parameter.detach() for parameter in parameters])
     with torch.no_grad():
-        old = policy.distribution(observations).detach()
+        found = policy.distribution(observations)
+    require_members(found, "kl", "detach")
+    old = found.detach()
     spacing = torch.finfo(theta.dtype).eps ** 0.5 * (1 + theta.norm())
 
     def product(vector: Tensor) -> Tensor:
@@ -234,6 +236,7 @@ def _kl_gradient(
 ) -> tuple[Tensor, ...]:
     """Gradient of the weighted KL(old || policy); old is the policy itself, held fixed, where not given."""
     new = policy.distribution(observations)
+    require_members(new, "kl", "detach")
     kl = (new.detach() if old is None else old).kl(new)
     step_weights = weights(kl)
     total = torch.where(step_weights > 0, step_weights * kl, 0.0).sum()

@@ -200,6 +200,15 @@ def test_a_zero_vector_gives_zero(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_distribution_of_another_kind_is_told_what_it_lacks(method, monkeypatch):
+    policy = discrete()
+    monkeypatch.setattr(policy, "distribution", lambda x: torch.distributions.Categorical(logits=policy(x)))
+    vector = torch.ones(size_of(policy), dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"Categorical, lacks .*kl.*detach; see lm_trust\.core\.Distribution"):
+        FisherOperator(policy, observed(B, T), method=method)(vector)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_damping_is_added_once_however_the_batch_is_cut(method):
     policy, observations, mask = discrete(), observed(B, T), uneven_mask()
     plain = dense_fisher(policy, observations, mask)
