@@ -100,7 +100,7 @@ def frontier(curves: Sequence[Curve], grid: np.ndarray, *, seeds: int) -> list[d
         the mean over seeds, the ends of its 95 % interval (None for a single seed) and the knob value that it is of.
     """
     entries = []
-    for rule, members in _by_rule(curves).items():
+    for rule, members in by_rule(curves).items():
         found = [(float(kl), _best(members, kl)) for kl in grid]
         reached = [(kl, best.value, bootstrap_mean(best.rewards)) for kl, best in found if len(best.rewards) == seeds]
         entry = {
@@ -142,7 +142,7 @@ def matched_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: int) 
     """
     rows = []
     for kl in kls:
-        for rule, members in _by_rule(curves).items():
+        for rule, members in by_rule(curves).items():
             best = _best(members, kl)
             reached = len(best.rewards)
             row = {"kl": kl, "rule": rule, "value": best.value if reached else None, "seeds": seeds, "reached": reached}
@@ -164,7 +164,7 @@ def improvement_table(curves: Sequence[Curve], kls: Sequence[float], *, seeds: i
     """
     rows = []
     for kl in kls:
-        found = {rule: _best(members, kl).rewards for rule, members in _by_rule(curves).items()}
+        found = {rule: _best(members, kl).rewards for rule, members in by_rule(curves).items()}
         reached = {rule: rewards for rule, rewards in found.items() if len(rewards) == seeds}
         for one, other in combinations(reached, 2):
             pair = reached[one], reached[other]
@@ -201,7 +201,8 @@ def _rank(best: _Best) -> tuple[int, float]:
     return len(best.rewards), float(np.mean(best.rewards)) if best.rewards else -np.inf
 
 
-def _by_rule(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+def by_rule(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """The curves of each rule, rules in the order of their first one."""
     members: dict[str, list[Curve]] = {}
     for curve in curves:
         members.setdefault(curve.rule, []).append(curve)

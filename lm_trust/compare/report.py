@@ -13,7 +13,7 @@ import pyarrow
 from pyarrow import parquet
 
 from lm_trust.compare.config import Comparison
-from lm_trust.compare.frontier import Curve, frontier, improvement_table, matched_table, reached_kls
+from lm_trust.compare.frontier import Curve, by_rule, frontier, improvement_table, matched_table, reached_kls
 from lm_trust.compare.results import curves_of, read_cell, same_start, side_by_side, table
 from lm_trust.compare.summary import summarise
 from lm_trust.errors import UserError
@@ -117,8 +117,7 @@ def _rules(comparison: Comparison) -> list[dict[str, Any]]:
 def _frontier(curves: Sequence[Curve], seeds: int) -> list[dict[str, Any]]:
     """Each rule over its own KLs: on a grid that all share, a rule that went far would leave the others no place."""
     entries = []
-    for rule in dict.fromkeys(curve.rule for curve in curves):
-        own = [curve for curve in curves if curve.rule == rule]
+    for own in by_rule(curves).values():
         entries += frontier(own, reached_kls(own, _GRID, seeds=seeds), seeds=seeds)
     return entries
 

@@ -22,7 +22,7 @@ from lm_trust.core.parameters import flatten
 from lm_trust.core.passes import passes
 from lm_trust.core.processes import largest, placed_rows, summed
 from lm_trust.core.rows import select_rows
-from lm_trust.core.shapes import require_a_row_each, require_a_step_each, require_tensors
+from lm_trust.core.shapes import require_a_row_each, require_a_step_each
 from lm_trust.core.surrogate import ratio
 
 RowIndex = slice | Tensor  # of a batch: a range, or indices
@@ -111,10 +111,9 @@ class SurrogateObjective:
     ) -> None:
         if (bounded or reference_loss) and reference is None:
             raise ValueError("a weight or a bound of the reference KL needs a reference distribution in the batch")
-        require_tensors(actions=actions, advantages=advantages, **({} if mask is None else {"mask": mask}))
+        require_a_step_each(actions, advantages=advantages, **({} if mask is None else {"mask": mask}))
         self.policy = policy
         self.mask = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
-        require_a_step_each(actions, advantages=advantages, mask=self.mask)
         require_a_row_each(observations, actions=actions)
         self.reference_kl: float | None = None
         self.reference_gradient: Tensor | None = None

@@ -50,8 +50,10 @@ def require_a_step_each(actions: Tensor, **tensors: Tensor) -> None:
     """Check that the tensors are of one shape and that there is an action, of any shape, for each of their elements.
 
     Raises:
+        TypeError: one is no tensor.
         ValueError: they are not, or there is not; it names them and their shapes.
     """
+    require_tensors(actions=actions)
     require_same_shape(**tensors)
     name, steps = next(iter(tensors.items()))
     if actions.shape[: steps.ndim] != steps.shape:
