@@ -109,6 +109,7 @@ def load_prompts(
     path: str | Path,
     *,
     field: str = "prompt",
+    subset: str | None = None,
     split: str | None = None,
     chat: bool = False,
     bad: BadRows | None = None,
@@ -117,7 +118,7 @@ def load_prompts(
     """Read prompts.
 
     Args:
-        path, split: see `read_rows`.
+        path, subset, split: see `read_rows`.
         field: the column that holds the prompt, a text or a list of messages.
         chat: make a text a user's message.
         bad: takes the malformed rows: bad JSON, no such field, neither a text nor messages, nothing in it; without it
@@ -128,10 +129,10 @@ def load_prompts(
         UserError: a file cannot be read, or a row is bad; names file, line and field.
     """
     if heldout:
-        names = {"key": "prompts.heldout", "split_key": "prompts.heldout_split", "usual_split": "test"}
+        names = {"key": "prompts.heldout", "part_keys": "prompts.heldout_", "usual_split": "test"}
     else:
-        names = {"split_key": "prompts.split"}
-    file = read_rows(path, split=split, **names)
+        names = {"part_keys": "prompts."}
+    file = read_rows(path, subset=subset, split=split, **names)
     texts: list[str] = []
     fields: dict[str, list] = {}
     numbers: list[int] = []

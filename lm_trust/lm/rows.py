@@ -175,9 +175,10 @@ def kind_of(value: Any) -> str:
 def read_rows(
     path: str | Path,
     *,
+    subset: str | None = None,
     split: str | None = None,
     key: str = "prompts.path",
-    split_key: str | None = None,
+    part_keys: str | None = None,
     usual_split: str = "train",
 ) -> RowFile:
     """Open rows for reading.
@@ -185,8 +186,10 @@ def read_rows(
     Args:
         path: a .jsonl (.json, .ndjson), .csv or .parquet file, a folder (`save_to_disk`'s, or one that `load_dataset`
             takes), or a hub id. CSV values stay the strings that they are.
+        subset: of a dataset with several (the hub's word; `datasets` calls it a configuration).
         split: of a dataset with several; without it the only one, or usual_split.
-        key, split_key: the dotted keys of path and split, for messages.
+        key: the dotted key of path, for messages.
+        part_keys: how those of subset and split begin, such as `prompts.`; None: no key sets them.
 
     Raises:
         UserError: it cannot be read, which the iteration may also find; names key or file.
@@ -194,36 +197,48 @@ def read_rows(
     source = str(path)
     local = Path(os.path.expanduser(source))
     reader = _READERS.get(local.suffix.lower())
-    choice = _Split(split, usual_split, split_key)
+    part = _Part(subset, split, usual_split, part_keys)
     # Asked of os.path, which answers False where pathlib raises: a name too long, a NUL in it.
     if os.path.isdir(local):
-        return RowFile(source, "row", _dataset_rows(source, str(local), choice))
+        return RowFile(source, "row", _dataset_rows(source, str(local), part))
     if os.path.isfile(local):
         if reader is None:
             raise UserError(f"{source}: rows are read from {', '.join(_READERS)}, not from {local.suffix or 'this'!r}")
-        if split is not None:
-            raise UserError(f"{source}: a file has no splits; leave out {split_key or 'split'} {split!r}")
+        for name, asked in (("subset", subset), ("split", split)):
+            if asked is not None:
+                raise UserError(f"{source}: a file has no {name}s; leave out {part_keys or ''}{name} {asked!r}")
         return RowFile(source, "row" if reader is _parquet_rows else "line", reader(source, local))
     if reader is None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
-        return RowFile(source, "row", _dataset_rows(source, source, choice))
+        return RowFile(source, "row", _dataset_rows(source, source, part))
     raise UserError(f"{key}: {source}: no such file{_nearest_file(local)}")
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Which split of a dataset is asked for, the one that is taken of several otherwise, the key that may say it."""
+class _Part:
+    """Which subset and split of a dataset are asked for, the split that is usual, and how the keys of both begin."""
 
-    asked: str | None
-    usual: str
-    key: str | None
+    subset: str | None
+    split: str | None
+    usual_split: str
+    keys: str | None
 
-    def choose(self, source: str, splits: list[str]) -> str:
-        chosen = self.asked if self.asked is not None else splits[0] if len(splits) == 1 else self.usual
-        if chosen not in splits:
-            asked = f"no split {chosen!r}" if self.asked is not None else f"several splits and none named {chosen!r}"
-            choice = f"set {self.key} to one of" if self.key else "its splits are"
-            raise UserError(f"{source}: {asked}; {choice} {', '.join(map(repr, splits))}")
-        return chosen
+    def choose_split(self, source: str, splits: list[str]) -> str:
+        chosen = self.split if self.split is not None else splits[0] if len(splits) == 1 else self.usual_split
+        if chosen in splits:
+            return chosen
+        found = f"no split {chosen!r}" if self.split is not None else f"several splits and none named {chosen!r}"
+        raise UserError(f"{source}: {found}; {self._choices('split', splits)}")
+
+    def require_subset(self, source: str, subsets: list[str]) -> None:
+        """Say which subsets there are, where that is why `datasets` could not read it."""
+        if self.subset is None and len(subsets) > 1:
+            raise UserError(f"{source}: several subsets; {self._choices('subset', subsets)}")
+        if self.subset is not None and self.subset not in subsets:
+            raise UserError(f"{source}: no subset {self.subset!r}; {self._choices('subset', subsets)}")
+
+    def _choices(self, what: str, names: list[str]) -> str:
+        choice = f"its {what}s are" if self.keys is None else f"set {self.keys}{what} to one of"
+        return f"{choice} {', '.join(map(repr, names))}"
 
 
 def _bytes(source: str, path: Path) -> bytes:
@@ -301,27 +316,31 @@ def _column_rows(columns: dict[str, list]) -> Rows:
         yield number, dict(zip(columns, values, strict=True))
 
 
-def _dataset_rows(source: str, path: str, split: _Split) -> Rows:
+def _dataset_rows(source: str, path: str, part: _Part) -> Rows:
     import datasets  # here: it takes a second to import, and a local file has no need of it
 
     saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
+        if saved and part.subset is not None:
+            raise UserError(f"{source}: no subset {part.subset!r}; a folder of save_to_disk has none")
         if saved:
             dataset = datasets.load_from_disk(path)
         elif Path(path).is_dir():
             # The tables that `datasets` builds of a folder's files are kept no longer than this call.
             with tempfile.TemporaryDirectory() as cache:
-                dataset = datasets.load_dataset(path, cache_dir=cache, keep_in_memory=True)
+                dataset = datasets.load_dataset(path, name=part.subset, cache_dir=cache, keep_in_memory=True)
         else:
-            dataset = datasets.load_dataset(path)
+            dataset = datasets.load_dataset(path, name=part.subset)
         if isinstance(dataset, datasets.DatasetDict):
-            dataset = dataset[split.choose(source, list(dataset))]
-        elif split.asked is not None and str(dataset.split) != split.asked:
-            raise UserError(f"{source}: no split {split.asked!r}; the folder holds one dataset without splits")
+            dataset = dataset[part.choose_split(source, list(dataset))]
+        elif part.split is not None and str(dataset.split) != part.split:
+            raise UserError(f"{source}: no split {part.split!r}; the folder holds one dataset without splits")
         columns = dataset.to_dict()
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and not saved:  # what `datasets` raises for a subset, among others
+            part.require_subset(source, datasets.get_dataset_config_names(path))
         reason = f"{type(error).__name__}: {in_line(error)[:200]}"
         what = "a dataset folder" if Path(path).is_dir() else "a local file, nor a dataset on the hub"
         raise UserError(f"{source}: not {what} that can be read ({reason})") from error

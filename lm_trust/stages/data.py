@@ -136,13 +136,14 @@ def _load(
             str(identity(row)) for _, row in found
         ]
 
-    training, identities = read(section.path, split=section.split, key="data.path", split_key="data.split")
+    names = {"key": "data.path", "part_keys": "data."}
+    training, identities = read(section.path, subset=section.subset, split=section.split, **names)
     if section.heldout is None:
         what = "prompts (or pairs without one)" if isinstance(section, PairData) else "rows"
         training, heldout = _split(training, identities, section.heldout_fraction, seed, what)
     else:
-        names = {"key": "data.heldout", "split_key": "data.heldout_split", "usual_split": "test"}
-        heldout, _ = read(section.heldout, split=section.heldout_split, **names)
+        names = {"key": "data.heldout", "part_keys": "data.heldout_", "usual_split": "test"}
+        heldout, _ = read(section.heldout, subset=section.heldout_subset, split=section.heldout_split, **names)
     bad.print_report()
     return training, heldout
 

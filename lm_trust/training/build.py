@@ -239,12 +239,13 @@ def _prompts(
     if section.kind == "reasoning_gym":
         return load_reasoning(**_settings(section, "max_tokens"), seed=config.seed)
     how = {"field": section.field, "chat": section.chat, "bad": bad}
-    training = load_prompts(section.path, split=section.split, **how)
+    training = load_prompts(section.path, subset=section.subset, split=section.split, **how)
     if section.heldout is None:
         # Different texts may be the same once they are cut.
         seen = None if section.truncate is None else cut(tokenizer(), training, section.truncate)
         return split_heldout(training, section.heldout_fraction, config.seed, seen=seen)
-    return training, load_prompts(section.heldout, split=section.heldout_split, heldout=True, **how)
+    part = {"subset": section.heldout_subset, "split": section.heldout_split}
+    return training, load_prompts(section.heldout, **part, heldout=True, **how)
 
 
 def _control_world(config: ControlConfig) -> World:

@@ -61,9 +61,11 @@ def discount(config: Config) -> float:
 
 def heldout_problems(section: Section, key: str) -> Problems:
     """What is wrong with the held-out side of a section of prompts or rows."""
-    if getattr(section, "heldout_split", None) is None or section.heldout is not None:
+    if getattr(section, "heldout", None) is not None:
         return []
-    return [(f"{key}.heldout_split", f"has no effect without {key}.heldout; name the dataset there, or leave it out")]
+    words = f"has no effect without {key}.heldout; name the dataset there, or leave it out"
+    parts = ("heldout_subset", "heldout_split")
+    return [(f"{key}.{part}", words) for part in parts if getattr(section, part, None) is not None]
 
 
 def _critic_problems(advantage: str, critic: str) -> Problems:

@@ -40,8 +40,10 @@ class PromptFile(Section):
 
     kind: Literal["file"] = "file"
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
+    subset: Name | None = Field(None, description="subset (configuration) of a dataset that has several")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
     heldout: Name | None = Field(None, description="held-out prompts, likewise; null: a share of path")
+    heldout_subset: Name | None = Field(None, description="subset of that dataset")
     heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     field: Name = Field("prompt", description="field of the prompt: a text, or a list of chat messages")
     chat: bool = Field(False, description="a text becomes a user's message in the model's chat template")

@@ -23,8 +23,10 @@ class TextData(Section):
     """Texts to learn from, one a row."""
 
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
+    subset: Name | None = Field(None, description="subset (configuration) of a dataset that has several")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
     heldout: Name | None = Field(None, description="the held-out rows, likewise; null: a share of path")
+    heldout_subset: Name | None = Field(None, description="subset of that dataset")
     heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
     field: Name | None = Field(
@@ -37,8 +39,10 @@ class PairData(Section):
     """Preferences, one a row: `chosen`, `rejected` and, if they go on from one, `prompt`; texts or chat messages."""
 
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
+    subset: Name | None = Field(None, description="subset (configuration) of a dataset that has several")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
     heldout: Name | None = Field(None, description="the held-out rows, likewise; null: a share of path")
+    heldout_subset: Name | None = Field(None, description="subset of that dataset")
     heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row ends the run, or is left out")

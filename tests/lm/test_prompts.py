@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from dataset_folders import write_subsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -77,6 +78,16 @@ def test_the_split_of_a_dataset(tmp_path):
         load_prompts(tmp_path / "d", split="tset")
     with pytest.raises(UserError, match=r"prompts\.heldout: .*no such file"):
         load_prompts(tmp_path / "e.jsonl", heldout=True)
+
+
+def test_the_subset_of_a_dataset(tmp_path):
+    path = write_subsets(tmp_path / "d", {name: [{"prompt": name}] for name in ("one", "two")})
+    assert load_prompts(path, subset="two").texts == ["two"]
+    assert load_prompts(path, subset="one", heldout=True).texts == ["one"]
+    with pytest.raises(UserError, match=r"several subsets; set prompts\.subset to one of 'one', 'two'"):
+        load_prompts(path)
+    with pytest.raises(UserError, match=r"several subsets; set prompts\.heldout_subset to one of 'one', 'two'"):
+        load_prompts(path, heldout=True)
 
 
 # Chats

@@ -7,6 +7,7 @@ import socket
 import pyarrow
 import pyarrow.parquet
 import pytest
+from dataset_folders import write_subsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,13 +123,13 @@ def test_a_split_is_chosen_by_name(tmp_path):
     assert len(good(path, split="test")) == 1
     assert len(good(path, usual_split="test")) == 1
     with pytest.raises(UserError, match=r"splits: no split 'tset'; set a.split to one of 'test', 'train'"):
-        good(path, split="tset", split_key="a.split")
+        good(path, split="tset", part_keys="a.")
     saved = saved_dataset(tmp_path)
     assert len(good(saved, usual_split="test")) == 3  # the only one there is
     with pytest.raises(UserError, match="no split 'test'"):
         good(saved, split="test")
     with pytest.raises(UserError, match=r"p\.jsonl: a file has no splits; leave out a\.split 'train'"):
-        good(jsonl(tmp_path / "p.jsonl", ROWS), split="train", split_key="a.split")
+        good(jsonl(tmp_path / "p.jsonl", ROWS), split="train", part_keys="a.")
 
 
 def test_several_splits_without_a_train_split_must_be_chosen_from(monkeypatch):
@@ -139,11 +140,26 @@ def test_several_splits_without_a_train_split_must_be_chosen_from(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: (asked.append((path, options)), both)[1])
     words = "several splits and none named 'train'; "
     with pytest.raises(UserError, match=words + "set prompts.split to one of 'a', 'b'"):
-        good("someone/reviews", split_key="prompts.split")
+        good("someone/reviews", part_keys="prompts.")
     with pytest.raises(UserError, match=words + "its splits are 'a', 'b'"):
         good("someone/reviews")
     assert len(good("someone/reviews", split="b")) == 1
-    assert asked == [("someone/reviews", {})] * 3
+    assert len(good("someone/reviews", subset="films", split="b")) == 1
+    assert asked == [("someone/reviews", {"name": None})] * 3 + [("someone/reviews", {"name": "films"})]
+
+
+def test_a_subset_is_chosen_by_name(tmp_path):
+    path = write_subsets(tmp_path / "hub", {"main": ROWS, "short": ROWS[:1]})
+    assert len(good(path, subset="main")) == 3
+    assert len(good(path, subset="short", split="train")) == 1
+    with pytest.raises(UserError, match=r"hub: several subsets; set prompts\.subset to one of 'main', 'short'$"):
+        good(path, part_keys="prompts.")
+    with pytest.raises(UserError, match=r"hub: no subset 'mian'; its subsets are 'main', 'short'$"):
+        good(path, subset="mian")
+    with pytest.raises(UserError, match=r"no subset 'main'; a folder of save_to_disk has none"):
+        good(saved_dataset(tmp_path), subset="main")
+    with pytest.raises(UserError, match=r"p\.jsonl: a file has no subsets; leave out prompts\.subset 'main'"):
+        good(jsonl(tmp_path / "p.jsonl", ROWS), subset="main", part_keys="prompts.")
 
 
 def test_a_hub_that_cannot_be_reached_is_a_user_error(monkeypatch):

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from dataset_folders import write_subsets
 
 from lm_trust.errors import UserError
 from lm_trust.stages.data import load_pairs, load_texts
@@ -202,4 +203,13 @@ def test_held_out_rows_of_a_named_split(tmp_path):
     training, heldout = load_texts(TextData(**names, heldout_split="test_sft"), PLAIN, 0)
     assert (training.rows, heldout.rows) == ([{"text": "train_sft"}], [{"text": "test_sft"}])
     with pytest.raises(UserError, match=r"none named 'test'; set data\.heldout_split to one of"):
+        load_texts(TextData(**names), PLAIN, 0)
+
+
+def test_held_out_rows_of_a_named_subset(tmp_path):
+    path = str(write_subsets(tmp_path / "d", {name: [{"text": name}] for name in ("one", "two")}))
+    names = {"path": path, "subset": "one", "heldout": path, "heldout_split": "train"}
+    training, heldout = load_texts(TextData(**names, heldout_subset="two"), PLAIN, 0)
+    assert (training.rows, heldout.rows) == ([{"text": "one"}], [{"text": "two"}])
+    with pytest.raises(UserError, match=r"several subsets; set data\.heldout_subset to one of 'one', 'two'"):
         load_texts(TextData(**names), PLAIN, 0)

@@ -507,6 +507,10 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
             "rollout.limit_penalty: has no effect with rollout.at_limit terminate; use penalise",
         ),
         (
+            {"prompts.heldout_subset": "main"},
+            "prompts.heldout_subset: has no effect without prompts.heldout; name the dataset there, or leave it out",
+        ),
+        (
             {"prompts.heldout_split": "test_sft"},
             "prompts.heldout_split: has no effect without prompts.heldout; name the dataset there, or leave it out",
         ),
