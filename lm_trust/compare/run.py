@@ -15,6 +15,9 @@ from lm_trust.errors import UserError, error_text
 from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
+# Of a run's configuration: what the reference's completions, their rewards and the held-out prompts depend on.
+LIMIT_SECTIONS = {"seed", "model", "prompts", "rollout", "rewards", "evaluation"}
+
 
 def compare(comparison: Comparison) -> int:
     """Make the comparison, or what is missing of it, and its page.
@@ -114,8 +117,9 @@ def _noted(name: str, folder: RunFolder, key: Any) -> dict[str, Any] | None:
 
 
 def _limit_key(comparison: Comparison) -> Any:
+    """What the limit is of; how long the runs are and what trains them is not among it."""
     section = comparison.config.limit
-    return section and [section.model_dump(), dump(comparison.cells[0].config)]
+    return section and [section.model_dump(), dump(comparison.cells[0].config, sections=LIMIT_SECTIONS)]
 
 
 def _study_key(comparison: Comparison) -> Any:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,12 +20,13 @@ from lm_trust.compare.config import load_comparison
 from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
 from lm_trust.compare.results import CellResult, curves_of, read_cell
-from lm_trust.compare.run import _limit
+from lm_trust.compare.run import _limit, _limit_key
 from lm_trust.compare.running import check_unchanged, failure, train_cells
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump
 from lm_trust.training.run_folder import RunFolder
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE = """
 seed: 0
 total_steps: 240
@@ -215,6 +217,17 @@ def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison
     # A study of other settings is neither shown nor begun.
     assert compare(files, "--one_update.evaluations", "5") == 143
     assert json.loads((files / "out/report.json").read_text())["one_update"] is None
+
+
+def test_the_limit_is_estimated_anew_only_where_it_is_another(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def key(*overrides):
+        return _limit_key(load_comparison("configs/compare/sentiment.yaml", overrides))
+
+    assert key(("rules.trpo.values", "[0.5]"), ("shared.iterations", "8"), ("matched_kl", "[0.1]")) == key()
+    others = [("shared.rollout.temperature", "0.9"), ("shared.rewards", "[{name: length}]"), ("limit.samples", "8")]
+    assert all(key(other) != key() for other in others)
 
 
 def test_the_limit_closes_what_it_samples_with(monkeypatch):
