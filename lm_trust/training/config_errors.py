@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lm_trust.errors import in_line
 from lm_trust.training.config_learning import GROUPED
+from lm_trust.training.config_synonyms import SYNONYMS, TRUNCATED_SAMPLING
 
 Key = tuple[str, ...]  # a dotted key in parts; items of a list by index
 
@@ -146,6 +147,10 @@ def _instead(key: Key, section: type[BaseModel], root: type[BaseModel], other: t
     here = list(section.model_fields)
     if key in set(keys_of(root)):
         return _of_another_kind(section, root)
+    if dotted(key) in TRUNCATED_SAMPLING:
+        return "; completions are drawn from the whole distribution, as the KL is measured; see rollout.temperature"
+    if ours := _in_our_words(key, here, root):
+        return f"; did you mean {ours}?"
     of_other = key in set(keys_of(other))
     near = difflib.get_close_matches(wrong, here, n=1, cutoff=0.8 if of_other else 0.6)
     if near:
@@ -157,6 +162,14 @@ def _instead(key: Key, section: type[BaseModel], root: type[BaseModel], other: t
     if near:
         return f"; did you mean {dotted(elsewhere[near[0]])}?"
     return f"; the keys of {dotted(above)} are {', '.join(here)}" if above else f"; the keys are {', '.join(here)}"
+
+
+def _in_our_words(key: Key, here: Sequence[str], root: type[BaseModel]) -> str | None:
+    """Our key for another library's, if there is one: in the same section where it could stand there."""
+    ours = [tuple(each.split(".")) for each in SYNONYMS.get(key[-1], ())]
+    beside = [each for each in ours if each[:-1] == key[:-1]]
+    known = {each for each in beside if each[-1] in here} if beside else set(keys_of(root))
+    return next((dotted(each) for each in ours if each in known), None)
 
 
 def _of_another_kind(section: type[BaseModel], root: type[BaseModel]) -> str:

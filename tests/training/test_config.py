@@ -21,6 +21,7 @@ from lm_trust.training.config_errors import keys_of, variants
 from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.config_help import key_listing
 from lm_trust.training.config_stages import RewardModelConfig, SftConfig
+from lm_trust.training.config_synonyms import SYNONYMS, TRUNCATED_SAMPLING
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
 BARE = "vader, length, missing_eos, exact_match"
@@ -329,12 +330,32 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
     assert load_config("lm.yaml", listed).rewards[1].weight == 3.0
 
 
+def test_other_libraries_words_are_answered_with_keys_that_there_are():
+    roots = (LanguageConfig, ControlConfig, SftConfig, RewardModelConfig)
+    known = {".".join(key) for root in roots for key in keys_of(root)}
+    assert {ours for each in SYNONYMS.values() for ours in each} <= known
+    assert not known & set(TRUNCATED_SAMPLING)
+    # A word that is a key of ours in the same section would never be asked about.
+    beside = {f"{ours.rpartition('.')[0]}.{word}".lstrip(".") for word, each in SYNONYMS.items() for ours in each}
+    assert not known & beside
+
+
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
         ("update.max_kll", "1", "update.max_kll: unknown key; did you mean update.max_kl?"),
         ("max_kl", "1", "max_kl: unknown key; did you mean update.max_kl?"),
         ("policy.hidden", "[1]", "policy: unknown key here; it belongs to control runs"),
+        ("kl_coef", "1", "kl_coef: unknown key; did you mean reference.penalty?"),
+        ("update.cg_max_steps", "1", "update.cg_max_steps: unknown key; did you mean update.cg_iterations?"),
+        ("model.lora.rank", "1", "model.lora.rank: unknown key; did you mean model.lora.r?"),
+        ("num_iterations", "1", "num_iterations: unknown key; did you mean iterations?"),
+        (
+            "rollout.top_p",
+            "0.9",
+            "rollout.top_p: unknown key; completions are drawn from the whole distribution, as the KL is measured; see "
+            "rollout.temperature",
+        ),
         ("rollout.steps", "1", "rollout.steps: unknown key here; it belongs to control runs"),
         ("total_steps", "1", "total_steps: unknown key here; it belongs to control runs"),
         ("seed", "4294967296", "seed: must be at most 4294967295, got 4294967296"),
