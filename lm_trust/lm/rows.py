@@ -230,10 +230,10 @@ class _Part:
         raise UserError(f"{source}: {found}; {self._choices('split', splits)}")
 
     def require_subset(self, source: str, subsets: list[str]) -> None:
-        """Say which subsets there are, where that is why `datasets` could not read it."""
+        """Say which subsets there are, where that is why `datasets` could not read it; none: they are not known."""
         if self.subset is None and len(subsets) > 1:
             raise UserError(f"{source}: several subsets; {self._choices('subset', subsets)}")
-        if self.subset is not None and self.subset not in subsets:
+        if subsets and self.subset is not None and self.subset not in subsets:
             raise UserError(f"{source}: no subset {self.subset!r}; {self._choices('subset', subsets)}")
 
     def _choices(self, what: str, names: list[str]) -> str:
@@ -340,11 +340,21 @@ def _dataset_rows(source: str, path: str, part: _Part) -> Rows:
         raise
     except Exception as error:
         if isinstance(error, ValueError) and not saved:  # what `datasets` raises for a subset, among others
-            part.require_subset(source, datasets.get_dataset_config_names(path))
+            part.require_subset(source, _subsets(path))
         reason = f"{type(error).__name__}: {in_line(error)[:200]}"
         what = "a dataset folder" if Path(path).is_dir() else "a local file, nor a dataset on the hub"
         raise UserError(f"{source}: not {what} that can be read ({reason})") from error
     yield from _column_rows(columns)
+
+
+def _subsets(path: str) -> list[str]:
+    """The names of a dataset's subsets; none where they cannot be told."""
+    import datasets
+
+    try:
+        return datasets.get_dataset_config_names(path)
+    except Exception:  # whatever it is, what reading the dataset raised says more
+        return []
 
 
 def _nearest_file(path: Path) -> str:

@@ -147,7 +147,7 @@ def _instead(key: Key, section: type[BaseModel], root: type[BaseModel], other: t
     here = list(section.model_fields)
     if key in set(keys_of(root)):
         return _of_another_kind(section, root)
-    if dotted(key) in TRUNCATED_SAMPLING:
+    if dotted(key) in TRUNCATED_SAMPLING and "temperature" in here:
         return "; completions are drawn from the whole distribution, as the KL is measured; see rollout.temperature"
     if ours := _in_our_words(key, here, root):
         return f"; did you mean {ours}?"

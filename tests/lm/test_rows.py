@@ -162,6 +162,14 @@ def test_a_subset_is_chosen_by_name(tmp_path):
         good(jsonl(tmp_path / "p.jsonl", ROWS), subset="main", part_keys="prompts.")
 
 
+@pytest.mark.parametrize("subset", [None, "main"])
+def test_a_folder_of_which_datasets_makes_nothing_is_a_user_error(tmp_path, subset):
+    jsonl(tmp_path / "test.jsonl", ROWS)
+    write(tmp_path / "train.csv", "prompt\nThe film\n")
+    with pytest.raises(UserError, match=r"not a dataset folder that can be read \(ValueError: Couldn't infer the same"):
+        good(tmp_path, subset=subset)
+
+
 def test_a_hub_that_cannot_be_reached_is_a_user_error(monkeypatch):
     import datasets
 

@@ -330,6 +330,11 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
     assert load_config("lm.yaml", listed).rewards[1].weight == 3.0
 
 
+def test_a_control_run_is_told_nothing_of_completions(folder):
+    (line,) = problems("control.yaml", ("rollout.top_p", "0.9"))
+    assert line == "command line: rollout.top_p: unknown key; did you mean update.top_k?"
+
+
 def test_other_libraries_words_are_answered_with_keys_that_there_are():
     roots = (LanguageConfig, ControlConfig, SftConfig, RewardModelConfig)
     known = {".".join(key) for root in roots for key in keys_of(root)}
