@@ -118,8 +118,9 @@ def _noted(name: str, folder: RunFolder, key: Any) -> dict[str, Any] | None:
 
 def _limit_key(comparison: Comparison) -> Any:
     """What the limit is of; how long the runs are and what trains them is not among it."""
-    section = comparison.config.limit
-    return section and [section.model_dump(), dump(comparison.cells[0].config, sections=LIMIT_SECTIONS)]
+    section, run = comparison.config.limit, comparison.cells[0].config
+    # As JSON has it, in which a noted key comes back.
+    return section and [section.model_dump(), run.model_dump(mode="json", include=LIMIT_SECTIONS)]
 
 
 def _study_key(comparison: Comparison) -> Any:

@@ -89,9 +89,9 @@ def load_compare_config(path: str | os.PathLike, root: type[Root], overrides: Se
     return _validated(root, stack, path)[0]
 
 
-def dump(config: Config | StageConfig, *, sections: set[str] | None = None) -> str:
-    """The config, or these sections of it, as YAML that `load_config` reads back equal, every default written out."""
-    return write_yaml(config.model_dump(include=sections))
+def dump(config: Config | StageConfig) -> str:
+    """The config as YAML that `load_config` reads back equal, every default written out."""
+    return write_yaml(config.model_dump())
 
 
 # ---- layers
