@@ -17,9 +17,10 @@ from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
 from lm_trust.core.processes import RowRange
 from lm_trust.errors import UserError, did_you_mean, first_line, in_line
-from lm_trust.user_code import import_user_module
+from lm_trust.user_code import import_user_module, working_directory_importable
 
 
+@working_directory_importable()
 def make_environments(
     id: str,
     count: int,
@@ -65,6 +66,7 @@ def make_environments(
         raise
 
 
+@working_directory_importable()
 def make_environment(id: str, *, arguments: dict[str, Any] | None = None, render_mode: str) -> gymnasium.Env:
     """One environment that can be looked at.
 

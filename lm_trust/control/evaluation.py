@@ -17,11 +17,13 @@ from torch import nn
 
 from lm_trust.control.vector import Environments
 from lm_trust.errors import UserError
+from lm_trust.user_code import working_directory_importable
 
 LONGEST_EPISODE = 100_000
 
 
 @torch.inference_mode()
+@working_directory_importable()
 def evaluate_policy(policy: nn.Module, environments: Environments) -> dict[str, Any]:
     """One episode in each environment with the distribution's mode; each call plays the same episodes.
 

@@ -7,8 +7,10 @@ import numpy as np
 from lm_trust.control.acting import Sampler
 from lm_trust.control.vector import Environments
 from lm_trust.control.vector_env import VectorEnvironments
+from lm_trust.user_code import working_directory_importable
 
 
+@working_directory_importable()
 def play(environments: Environments | VectorEnvironments, draw: Sampler, steps: int) -> dict[str, np.ndarray]:
     """T steps of B environments.
 

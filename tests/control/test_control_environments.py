@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium
@@ -13,7 +14,7 @@ from gymnasium.wrappers import TimeLimit
 
 from lm_trust.control import ControlTask, Environments, MLPPolicy, make_environments
 from lm_trust.control.environments import make_environment
-from lm_trust.control.evaluation import Remembering
+from lm_trust.control.evaluation import Remembering, evaluate_policy
 from lm_trust.errors import UserError
 
 
@@ -420,3 +421,43 @@ def test_a_dotted_path_that_leads_nowhere(my_module, path, words):
 
 def test_one_object_is_refused_whichever_process_it_is_for(my_module):
     refused(lambda: make_environments(f"{my_module}:same", 2, seed=0, processes=2), "one object twice")
+
+
+LATE = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Late(CartPoleEnv):
+    def step(self, action):
+        import {name}_while_stepping
+        return super().step(action)
+
+def make():
+    import {name}_in_the_factory
+    return gymnasium.wrappers.TimeLimit(Late(), 5)
+"""
+
+
+@pytest.mark.parametrize("where", ["in_the_factory", "while_stepping"])
+@pytest.mark.parametrize("processes", [None, 1, 2])
+def test_what_an_environment_imports_late_may_lie_beside_it(tmp_path, monkeypatch, where, processes):
+    name = f"late_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(LATE.format(name=name))
+    for each in ("in_the_factory", "while_stepping"):
+        (tmp_path / f"{name}_{each}.py").write_text("")
+    missing = tmp_path / f"{name}_{where}.py"
+    monkeypatch.chdir(tmp_path)  # importable as for `python -m`, with nothing on the path
+
+    def use():
+        with closing(make_environments(f"{name}:make", 2, seed=0, processes=processes or 1)) as environments:
+            policy = MLPPolicy(environments.observation_size, environments.action_space, hidden=(4,))
+            if processes is None:
+                return evaluate_policy(policy, environments)["length_mean"]
+            return ControlTask(environments, steps=6, gamma=1.0, seed=0).collect(policy).mask.sum().item()
+
+    assert use() > 0
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        del sys.modules[module]
+    missing.unlink()
+    with pytest.raises((ModuleNotFoundError, UserError), match=missing.stem):
+        use()
