@@ -93,20 +93,26 @@ def model_critic(path: str, *, seed: int = 0, **settings: Any) -> ValueModel:
 
 
 def common_context(
-    path: str, tokenizer: PreTrainedTokenizerBase, context: int | None, *, trust_remote_code: bool = False
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> int | None:
     """How many positions both the policy's and the critic's model have (None: no limit); neither model is loaded.
 
     Args:
-        path: the critic's model.
+        path, revision, trust_remote_code: the critic's model.
         tokenizer, context: those of the policy's.
 
     Raises:
         UserError: the critic's model has another tokenizer, so that the policy's token ids mean other texts to it.
     """
     with _named("model.path", "critic.path"):
-        other = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        own_context = sampling_length(load_text_config(path, trust_remote_code=trust_remote_code))
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        other = load_tokenizer(path, **source)
+        own_context = sampling_length(load_text_config(path, **source))
     if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"critic.path: the tokenizer of {path!r} is not that of model.path; give a model of the same")
     return min((each for each in (context, own_context) if each is not None), default=None)

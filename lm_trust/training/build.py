@@ -141,8 +141,7 @@ def _language_world(config: LanguageConfig) -> World:
 
     tokenizer, context, vocabulary = of_model()
     if config.critic.kind == "model" and config.critic.path is not None:
-        trusted = config.model.trust_remote_code
-        context = common_context(config.critic.path, tokenizer, context, trust_remote_code=trusted)
+        context = common_context(tokenizer=tokenizer, context=context, **_critic_source(config))
     limits = {
         "context": context,
         "max_new_tokens": rollout.max_new_tokens,
@@ -208,22 +207,20 @@ def _language_critic(config: LanguageConfig, policy: CausalPolicy) -> Critic:
     if section.kind == "adapter":
         network = adapter_critic(policy, **lora)
     else:
-        source = {"trust_remote_code": config.model.trust_remote_code} if section.path else _source(config)
         network = model_critic(
-            section.path or config.model.path,
+            **_critic_source(config),
             **lora,
             microbatch_size=microbatch_size,
             autocast=config.model.autocast,
             gradient_checkpointing=config.model.gradient_checkpointing,
             sharding=sharding(),
             device=policy.device,
-            **source,
         )
     return SequenceCritic(
         network,
         microbatch_size=microbatch_size,
         seed=config.seed,
-        **_settings(section, "r", "alpha", "targets", "path"),
+        **_settings(section, "r", "alpha", "targets", "path", "revision"),
     )
 
 
@@ -327,6 +324,16 @@ def _device() -> str:
 
 def _source(config: LanguageConfig) -> dict:
     return {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+
+
+def _critic_source(config: LanguageConfig) -> dict:
+    """Where a critic's own model is loaded from."""
+    model = config.critic if config.critic.path is not None else config.model
+    return {
+        "path": model.path,
+        "revision": model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
 
 
 def _settings(section: object, *without: str) -> dict:

@@ -105,6 +105,8 @@ def _model_problems(config: LanguageConfig) -> Problems:
         problems.append(("model.lora", words))
     if config.model.lora is None and config.critic.kind == "adapter":
         problems.append(("critic.kind", "adapter needs model.lora; without it use reference_head or model"))
+    if config.critic.kind == "model" and config.critic.revision is not None and config.critic.path is None:
+        problems.append(("critic.revision", "has no effect without critic.path; the model is model.path's"))
     return problems
 
 

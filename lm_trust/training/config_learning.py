@@ -158,8 +158,9 @@ class ModelHead(AdapterHead):
 
     kind: Literal["model"] = "model"
     path: Name | None = Field(
-        None, description="a folder or hub id (its newest revision) of the same tokenizer; null: as model.path"
+        None, description="a folder or hub id of the same tokenizer; null: model.path at model.revision"
     )
+    revision: Name | None = Field(None, description="revision of a hub id in critic.path")
 
 
 # ---- update rules

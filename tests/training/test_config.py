@@ -521,6 +521,10 @@ def test_all_problems_come_at_once_each_from_its_place(folder):
         ),
         ({"critic.kind": "none"}, "critic.kind: advantage.kind gae needs a critic, got none"),
         (
+            {"critic.kind": "model", "critic.revision": "v1"},
+            "critic.revision: has no effect without critic.path; the model is model.path's",
+        ),
+        (
             {"advantage.kind": "returns_to_go", "critic.kind": "none", "rollout.at_limit": "bootstrap"},
             "rollout.at_limit: bootstrap needs a critic, which values the state at the limit",
         ),

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from transformers import AutoTokenizer
 
 from lm_trust.cli import main
 from lm_trust.core.batch import Rollout
+from lm_trust.lm import loading
+from lm_trust.training.build import build_world
 from lm_trust.training.checkpoint import load_checkpoint, save_checkpoint
+from lm_trust.training.config_file import load_config
 from lm_trust.training.config_yaml import write_yaml
 from lm_trust.training.critic import ValueCritic
 from lm_trust.training.sequence_critic import SequenceCritic
@@ -257,6 +261,32 @@ def test_a_run_with_it_goes_on_exactly_and_saves_the_policy_alone(place, kind):
     assert untimed(metrics(run)) == whole
     again = load_checkpoint(run / "checkpoints")["critic"]["network"]
     assert all(torch.equal(again[name], weight) for name, weight in last["critic"]["network"].items())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_critics_model_is_of_its_own_revision(place, monkeypatch, own):
+    asked = []
+
+    def listen(name):
+        asked_for = getattr(loading, name)
+
+        def heard(*given, **settings):
+            path = next(each for each in given if isinstance(each, str))
+            asked.append((name, Path(path).name, settings["revision"]))
+            return asked_for(*given, **settings)
+
+        monkeypatch.setattr(loading, name, heard)
+
+    listen("source_of")  # of tokenizer and configuration
+    listen("load_model")
+    write_model(place / "another", "llama")
+    critic = {"kind": "model", "path": str(place / "another"), "revision": "step7"} if own else {"kind": "model"}
+    path = write_config(place, "revised", critic)
+    world = build_world(load_config(path, [("model.revision", "step9")]))
+    world.trainer.task.close()
+    policys, critics = ("tiny", "step9"), ("another", "step7") if own else ("tiny", "step9")
+    assert [each[1:] for each in asked if each[0] == "load_model"] == [policys, critics]
+    assert {each[1:] for each in asked} == {policys, critics}
 
 
 def test_a_critics_model_must_be_of_the_same_tokenizer(place, capsys):
