@@ -17,7 +17,7 @@ from lm_trust.compare.config import Cell
 from lm_trust.compare.frontier import Curve
 from lm_trust.compare.running import failure
 from lm_trust.errors import UserError
-from lm_trust.training.config import Config
+from lm_trust.training.config import Config, LanguageConfig
 from lm_trust.training.run_folder import Record, RunFolder, is_finished
 
 FORWARD = 1 / 3  # of a gradient: a pass without the backward one, which costs twice as much
@@ -74,18 +74,23 @@ class CellResult:
 def gradients(line: Record, config: Config) -> float:
     """What an update cost in gradients of the whole batch: passes over its tokens, with the backward one counted.
 
-    A Fisher product is counted as a gradient on its share of the rows, a candidate as a forward pass. The pass that
-    scores the batch under the policy that sampled it is common to all rules and not counted.
+    A Fisher product is counted as a gradient on its share of the rows, a candidate as a forward pass. With a budget the
+    reference KL has a gradient of its own at the start: a backward pass more, and for a rule that steps by minibatches
+    the objective's there as well. The pass that scores the batch under the policy that sampled it is common to all
+    rules and not counted.
 
     Args:
         line: of metrics.jsonl.
         config: of its run.
     """
     update = config.update
-    if "gradient_steps" in line:
+    by_minibatches = "gradient_steps" in line
+    if by_minibatches:
         spent = line["gradient_steps"] / getattr(update, "minibatches", 1)
     else:
         spent = 1 + (line.get("cg_iterations") or 0) * getattr(update, "fisher_fraction", 1.0)
+    if isinstance(config, LanguageConfig) and config.reference.budget is not None:
+        spent += (1 - FORWARD) + by_minibatches
     # Runs of before this was noted: no fewer than these, had the line search left no length out.
     return spent + FORWARD * line.get("candidates", 1 + (line.get("backtracks") or 0))
 

@@ -19,11 +19,11 @@ from lm_trust.cli import main
 from lm_trust.compare.config import load_comparison
 from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
-from lm_trust.compare.results import CellResult, curves_of, read_cell
+from lm_trust.compare.results import CellResult, curves_of, gradients, read_cell
 from lm_trust.compare.run import _limit, _limit_key
 from lm_trust.compare.running import check_unchanged, failure, train_cells
 from lm_trust.errors import UserError
-from lm_trust.training.config_file import dump
+from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -389,6 +389,23 @@ def test_a_failure_that_cannot_be_noted_is_told(files, monkeypatch):
     note.rmdir()
     note.touch()  # there was room for its name, and for no text
     assert read_cell(cell).summary["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "forward", "backward"),
+    [
+        # Eight times through the batch, and two candidates; with a budget once forward and twice back before.
+        ("sentiment_ppo", {"gradient_steps": 16, "candidates": 2}, 8 + 2, 8),
+        ("sentiment_ppo_budget", {"gradient_steps": 16, "candidates": 2}, 8 + 2 + 1, 8 + 2),
+        # The gradient, four Fisher products on a quarter of the rows, a candidate; with a budget once more back.
+        ("sentiment_trpo", {"cg_iterations": 4, "candidates": 1}, 2 + 1, 2),
+        ("sentiment_trpo_budget", {"cg_iterations": 4, "candidates": 1}, 2 + 1, 2 + 1),
+    ],
+)
+def test_an_updates_cost_is_that_of_its_passes(name, line, forward, backward):
+    overrides = [("update.minibatches", "2")] if "gradient_steps" in line else [("update.fisher_fraction", "0.25")]
+    config = load_config(ROOT / f"configs/lm/{name}.yaml", overrides)
+    assert gradients(line, config) == pytest.approx((forward + 2 * backward) / 3)
 
 
 def test_a_cell_reads_as_its_run_tells(files):
