@@ -23,6 +23,7 @@ from lm_trust.control.spaces import action_space, described, observation_encoder
 from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError, in_line
+from lm_trust.user_code import working_directory_importable
 
 _RESET = "reset(*, seed, options) must return (observation, info)"
 _STEP = "step(action) must return (observation, reward, terminated, truncated, info)"
@@ -179,6 +180,7 @@ class Environments:
             "actions": {str(row): taken for row, taken in enumerate(actions)},
         }
 
+    @working_directory_importable()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Return to a saved state of the run by playing each environment's present episode again.
 
@@ -208,9 +210,10 @@ class Environments:
             warnings.warn(
                 f"environment {self.name} is not deterministic given its seed: the resumed run differs from "
                 "one that was never stopped",
-                stacklevel=2,
+                stacklevel=3,  # of who called it, beyond the context around it
             )
 
+    @working_directory_importable()
     def close(self) -> None:
         """Close every copy."""
         for env in self.envs:

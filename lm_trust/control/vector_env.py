@@ -22,6 +22,7 @@ from lm_trust.control.vector import Transition
 from lm_trust.core.processes import RowRange
 from lm_trust.core.seeding import stream_seed
 from lm_trust.errors import UserError
+from lm_trust.user_code import working_directory_importable
 
 
 class VectorEnvironments:
@@ -103,6 +104,7 @@ class VectorEnvironments:
         """The state of all of a run's environments from those of each process's."""
         return states[0] | {"count": sum(state["count"] for state in states)}
 
+    @working_directory_importable()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin a new episode in every environment, from seeds that are a function of the run's seed and its steps.
 
@@ -119,9 +121,10 @@ class VectorEnvironments:
         warnings.warn(
             f"environment {self.name}: the state of vector environments cannot be restored, so every environment "
             "begins a new episode: the resumed run differs from one that was never stopped",
-            stacklevel=2,
+            stacklevel=3,  # of who called it, beyond the context around it
         )
 
+    @working_directory_importable()
     def close(self) -> None:
         """Close the vector environment."""
         self.vector_env.close()

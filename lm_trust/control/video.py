@@ -27,6 +27,7 @@ import numpy as np
 from lm_trust.control.environments import make_environment
 from lm_trust.control.evaluation import Episode
 from lm_trust.errors import UserError, in_line
+from lm_trust.user_code import working_directory_importable
 
 _EXTRA = "pip install 'lm-trust[video]'"
 _NO_DISPLAY = "--render: this machine has no display that opens (DISPLAY); use --videos N to film episodes instead"
@@ -36,6 +37,7 @@ class _StrayedError(Exception):
     """The episode went another way than when it was evaluated."""
 
 
+@working_directory_importable()
 def check_films(id: str, arguments: dict[str, Any]) -> None:
     """Find out, before a run, whether its environment can be filmed here: a frame is drawn and thrown away.
 
@@ -49,6 +51,7 @@ def check_films(id: str, arguments: dict[str, Any]) -> None:
     _open_camera(id, arguments)[0].close()
 
 
+@working_directory_importable()
 def film(id: str, arguments: dict[str, Any], episodes: Sequence[Episode], folder: Path, name: str) -> None:
     """Write folder/NAME-episode-K.mp4 of every episode, K from 0: a frame after the reset and one after each step.
 
@@ -83,6 +86,7 @@ def film(id: str, arguments: dict[str, Any], episodes: Sequence[Episode], folder
         raise UserError(f"videos: {folder} could not be written ({in_line(error)})") from error
 
 
+@working_directory_importable()
 def open_window(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
     """An environment that shows itself in a window, for `show`; the caller closes it.
 
@@ -108,6 +112,7 @@ def open_window(id: str, arguments: dict[str, Any]) -> gymnasium.Env:
         raise
 
 
+@working_directory_importable()
 def show(id: str, env: gymnasium.Env, episode: Episode) -> None:
     """Play the episode in the window of `open_window`; warns where it goes another way than it had gone."""
     try:
@@ -255,7 +260,9 @@ def _telling(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         missing = in_line(error).split(", run `pip")[0]  # gymnasium names its own extra
-        raise UserError(f"{what}: {missing}: {_EXTRA}") from error
+        # What else the environment's own code imports the extra does not bring.
+        foreign = isinstance(error, ImportError) and error.name != "pygame"
+        raise UserError(f"{what}: {missing}" if foreign else f"{what}: {missing}: {_EXTRA}") from error
     except Exception as error:
         given = os.environ.get("MUJOCO_GL")
         hint = f" (MUJOCO_GL is {given}; without a display, egl and osmesa draw)" if given else ""
@@ -266,5 +273,5 @@ def _warn(environment: str, consequence: str) -> None:
     warnings.warn(
         f"{environment} is not deterministic given its seed: an evaluation episode went another way when it was "
         f"played again, so {consequence}",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -12,10 +12,12 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import TimeLimit
 
+from lm_trust.cli import main
 from lm_trust.control import ControlTask, Environments, MLPPolicy, make_environments
 from lm_trust.control.environments import make_environment
 from lm_trust.control.evaluation import Remembering, evaluate_policy
 from lm_trust.errors import UserError
+from lm_trust.training.config_yaml import write_yaml
 
 
 class Shaped(gymnasium.Env):
@@ -461,3 +463,65 @@ def test_what_an_environment_imports_late_may_lie_beside_it(tmp_path, monkeypatc
     missing.unlink()
     with pytest.raises((ModuleNotFoundError, UserError), match=missing.stem):
         use()
+
+
+ALWAYS_LATE = """
+import sys
+
+import gymnasium
+import numpy as np
+
+def beside():
+    sys.modules.pop("{name}_beside", None)
+    import {name}_beside
+
+class Walk(gymnasium.Env):
+    metadata = {{"render_modes": ["rgb_array"]}}
+    observation_space = gymnasium.spaces.Box(-99, 99, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        beside()
+        self.time = 0
+        return np.zeros(1, np.float32), {{}}
+
+    def step(self, action):
+        beside()
+        self.time += 1
+        return np.full(1, self.time, np.float32), 1.0, False, self.time == 7, {{}}
+
+    def render(self):
+        beside()
+        return np.zeros((32, 32, 3), np.uint8)
+
+    def close(self):
+        beside()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_resumed_filmed_and_closed_where_its_environment_imports_late(tmp_path, monkeypatch, processes):
+    pytest.importorskip("imageio_ffmpeg")
+    name = f"late_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(ALWAYS_LATE.format(name=name))
+    (tmp_path / f"{name}_beside.py").write_text("")
+    monkeypatch.chdir(tmp_path)  # importable as for `python -m`, with nothing on the path
+    config = {
+        "total_steps": 2 * 10,  # ends within an episode
+        "environment": {"id": f"{name}:Walk", "count": 2, "processes": processes},
+        "rollout": {"steps": 10},
+        "policy": {"hidden": [4]},
+        "critic": {"kind": "mlp", "hidden": [4], "epochs": 1, "minibatches": 1},
+        "evaluation": {"count": 1},
+        "output": "run",
+        "trackers": [],
+    }
+    (tmp_path / "walk.yaml").write_text(write_yaml(config))
+    assert main(["train", "walk.yaml"]) == 0
+    assert main(["train", "--resume", "run", "--total_steps", "40"]) == 0
+    assert main(["evaluate", "run", "--videos", "1"]) == 0
+    assert len(list((tmp_path / "run/videos").iterdir())) == 1
+    assert not {"", str(tmp_path)} & set(sys.path)
