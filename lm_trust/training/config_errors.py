@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -76,8 +76,10 @@ def keys_of(model: type[BaseModel], at: Key = ()) -> Iterator[Key]:
             yield from keys_of(section, (*at, name, "0") if is_list else (*at, name))
 
 
-def problems_of(error: ValidationError, root: type[BaseModel], other: type[BaseModel]) -> list[tuple[Key, str]]:
-    """(key, what is wrong) for each finding; `other` is the root of the world that this config is not of."""
+def problems_of(
+    error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel], other: type[BaseModel]
+) -> list[tuple[Key, str]]:
+    """(key, what is wrong) for each finding in `tree`; `other` is the root of the world that this config is not of."""
     found: dict[tuple[Key, str], None] = {}  # a set that keeps the order
     for item in error.errors(include_url=False):
         cause = item.get("ctx", {}).get("error")
@@ -88,7 +90,7 @@ def problems_of(error: ValidationError, root: type[BaseModel], other: type[BaseM
             key, section = _place(item["loc"], root)
             if item["type"].startswith("union_tag"):
                 key = (*key, "kind")
-            found[key, _message(item, key, section, root, other)] = None
+            found[key, _message(item, key, section, tree, root, other)] = None
     return list(found)
 
 
@@ -110,10 +112,17 @@ def _place(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[Key, type
     return tuple(key), section
 
 
-def _message(item: Any, key: Key, section: type[BaseModel], root: type[BaseModel], other: type[BaseModel]) -> str:
+def _message(
+    item: Any,
+    key: Key,
+    section: type[BaseModel],
+    tree: Mapping[str, Any],
+    root: type[BaseModel],
+    other: type[BaseModel],
+) -> str:
     kind, got, context = item["type"], shown(item["input"]), item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key{_instead(key, section, root, other)}"
+        return f"unknown key{_instead(key, section, tree, root, other)}"
     if kind == "missing":
         field = section.model_fields[key[-1]]
         return f"required but not given{f': {field.description}' if field.description else ''}"
@@ -141,35 +150,47 @@ def _nearest(wrong: Any, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _instead(key: Key, section: type[BaseModel], root: type[BaseModel], other: type[BaseModel]) -> str:
+def _instead(
+    key: Key, section: type[BaseModel], tree: Mapping[str, Any], root: type[BaseModel], other: type[BaseModel]
+) -> str:
     """What the writer of an unknown key may have meant: a neighbour, another kind's key, one elsewhere."""
     *above, wrong = key
     here = list(section.model_fields)
-    if key in set(keys_of(root)):
+    everywhere = list(keys_of(root))
+    if key in everywhere:
         return _of_another_kind(section, root)
-    if dotted(key) in TRUNCATED_SAMPLING and "temperature" in here:
+    if wrong in TRUNCATED_SAMPLING and ("rollout", "temperature") in everywhere:
         return "; completions are drawn from the whole distribution, as the KL is measured; see rollout.temperature"
-    if ours := _in_our_words(key, here, root):
-        return f"; did you mean {ours}?"
+    ours = [tuple(each.split(".")) for each in SYNONYMS.get(wrong, ())]
+    beside = next((each[-1] for each in ours if each[-1] in here), None)
+    if beside:
+        return f"; did you mean {dotted((*above, beside))}?"
+    meant = next((each for each in ours if each in everywhere), None)
+    if meant:
+        return f"; did you mean {dotted(meant)}?{_of_which_kinds(meant, tree, root)}"
     of_other = key in set(keys_of(other))
     near = difflib.get_close_matches(wrong, here, n=1, cutoff=0.8 if of_other else 0.6)
     if near:
         return f"; did you mean {dotted((*above, near[0]))}?"
     if of_other:  # before a weak likeness: `iterations` of language runs is no slip for `evaluation`
         return f" here; it belongs to {_world(other)}"
-    elsewhere = {one[-1]: one for one in reversed(list(keys_of(root)))}
+    elsewhere = {one[-1]: one for one in reversed(everywhere)}
     near = difflib.get_close_matches(wrong, list(elsewhere), n=1, cutoff=0.8)
     if near:
-        return f"; did you mean {dotted(elsewhere[near[0]])}?"
+        meant = elsewhere[near[0]]
+        return f"; did you mean {dotted(meant)}?{_of_which_kinds(meant, tree, root)}"
     return f"; the keys of {dotted(above)} are {', '.join(here)}" if above else f"; the keys are {', '.join(here)}"
 
 
-def _in_our_words(key: Key, here: Sequence[str], root: type[BaseModel]) -> str | None:
-    """Our key for another library's, if there is one: in the same section where it could stand there."""
-    ours = [tuple(each.split(".")) for each in SYNONYMS.get(key[-1], ())]
-    beside = [each for each in ours if each[:-1] == key[:-1]]
-    known = {each for each in beside if each[-1] in here} if beside else set(keys_of(root))
-    return next((dotted(each) for each in ours if each in known), None)
+def _of_which_kinds(key: Key, tree: Mapping[str, Any], root: type[BaseModel]) -> str:
+    """Which kinds of its section have the key, where the one that was chosen does not."""
+    name, *below = key
+    kinds = variants(root.model_fields[name].annotation)
+    given = tree.get(name)
+    chosen = kinds.get(given.get("kind")) if isinstance(given, Mapping) else None
+    if not below or chosen is None or below[0] in chosen.model_fields:
+        return ""
+    return f" It is of {name}.kind {', '.join(kind for kind, one in kinds.items() if below[0] in one.model_fields)}"
 
 
 def _of_another_kind(section: type[BaseModel], root: type[BaseModel]) -> str:

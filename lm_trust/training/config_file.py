@@ -114,7 +114,7 @@ def _validated(
     try:
         return root.model_validate(tree, context={"saved": saved}), sources
     except ValidationError as error:
-        found = problems_of(error, root, ControlConfig if root is LanguageConfig else LanguageConfig)
+        found = problems_of(error, tree, root, ControlConfig if root is LanguageConfig else LanguageConfig)
         raise UserError(_lines(found, sources, path)) from None
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 _CLIP = ("update.clip",)
 _COMPLETION_LENGTH = ("rollout.max_new_tokens",)
 _LEARNING_RATE = ("update.learning_rate", "critic.learning_rate", "training.learning_rate")
+_SUBSET = ("prompts.subset", "data.subset")
 _REFERENCE_PENALTY = ("reference.penalty",)
 
-# Ours are dotted, and in the order in which they are likely to be meant.
+# Ours are dotted, and in the order in which they are likely to be meant. In a section that has a key called like the
+# last part of one of them it is that: `critic.update_epochs` is answered with `critic.epochs`.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     # rollouts
     "num_generations": ("rollout.samples_per_prompt",),
@@ -72,12 +74,17 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "lora_target_modules": ("model.lora.targets",),
     "bf16": ("model.autocast",),
     "dataset_name": ("prompts.path", "data.path"),
-    "dataset_config": ("prompts.subset", "data.subset"),
+    "dataset_config": _SUBSET,
+    "dataset_config_name": _SUBSET,
+    "config_name": _SUBSET,
+    "name": (*_SUBSET, "environment.id", "update.kind", "model.path", "output"),
     # supervised stages
     "num_train_epochs": ("training.epochs",),
     "lr_scheduler_type": ("training.scheduler",),
     "output_dir": ("output",),
+    "run_name": ("output",),
+    "exp_name": ("output",),
     "report_to": ("trackers",),
 }
 # What would cut the distribution that completions are drawn from: its KL would be another than the one measured.
-TRUNCATED_SAMPLING = ("rollout.top_k", "rollout.top_p", "rollout.min_p")
+TRUNCATED_SAMPLING = ("top_k", "top_p", "min_p")

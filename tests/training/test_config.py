@@ -332,17 +332,40 @@ def test_the_order_of_overrides_matters_only_for_one_key(folder):
 
 def test_a_control_run_is_told_nothing_of_completions(folder):
     (line,) = problems("control.yaml", ("rollout.top_p", "0.9"))
-    assert line == "command line: rollout.top_p: unknown key; did you mean update.top_k?"
+    assert line.startswith("command line: rollout.top_p: unknown key; did you mean update.top_k? It is of update.kind ")
 
 
 def test_other_libraries_words_are_answered_with_keys_that_there_are():
     roots = (LanguageConfig, ControlConfig, SftConfig, RewardModelConfig)
     known = {".".join(key) for root in roots for key in keys_of(root)}
     assert {ours for each in SYNONYMS.values() for ours in each} <= known
-    assert not known & set(TRUNCATED_SAMPLING)
+    assert not known & {f"rollout.{word}" for word in TRUNCATED_SAMPLING}
     # A word that is a key of ours in the same section would never be asked about.
     beside = {f"{ours.rpartition('.')[0]}.{word}".lstrip(".") for word, each in SYNONYMS.items() for ours in each}
     assert not known & beside
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("critic.update_epochs", "critic.update_epochs: unknown key; did you mean critic.epochs?"),
+        ("critic.num_minibatches", "critic.num_minibatches: unknown key; did you mean critic.minibatches?"),
+        ("critic.target_modules", "critic.target_modules: unknown key; did you mean critic.targets?"),
+        ("critic.rank", "critic.rank: unknown key; did you mean critic.r?"),
+        ("prompts.name", "prompts.name: unknown key; did you mean prompts.subset?"),
+        ("update.name", "update.name: unknown key; did you mean update.kind?"),
+        ("run_name", "run_name: unknown key; did you mean output?"),
+        (
+            "update.cliprange",
+            "update.cliprange: unknown key; did you mean update.clip? It is of update.kind ppo_clip, ",
+        ),
+        ("clip_high", "clip_high: unknown key; did you mean update.clip_high? It is of update.kind ppo_clip, "),
+        ("top_p", "top_p: unknown key; completions are drawn from the whole distribution, "),
+    ],
+)
+def test_a_key_of_another_library_is_looked_for_in_its_own_section_first(folder, key, line):
+    (found,) = problems("lm.yaml", ("critic", "{kind: adapter}"), (key, "1"))
+    assert found.startswith(f"command line: {line}")
 
 
 @pytest.mark.parametrize(
