@@ -168,9 +168,11 @@ def _subsets(path: str) -> list[str]:
     import datasets
 
     try:
-        return datasets.get_dataset_config_names(path)
+        names = datasets.get_dataset_config_names(path)
     except Exception:  # whatever it is, what reading the dataset raised says more
         return []
+    # Without a network `datasets` calls whatever lies in its cache so, and what it raised names what is there.
+    return [] if names == ["default"] and not Path(path).is_dir() else names
 
 
 # By the suffix of a local file; each takes what messages call the file, and its path.

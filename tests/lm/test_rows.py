@@ -183,6 +183,21 @@ def test_a_hub_that_cannot_be_reached_is_a_user_error(monkeypatch):
         good("someone/reviews")
 
 
+def test_without_a_network_the_subsets_are_those_that_datasets_names(monkeypatch):
+    """It calls whatever lies in its cache `default` then."""
+    import datasets
+
+    def load_dataset(path, **_):
+        raise ValueError("Couldn't find cache for config 'two'\nAvailable configs in the cache: ['one']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: ["default"])
+    with pytest.raises(
+        UserError, match=r"someone/reviews: not .*config 'two' Available configs in the cache: \['one'\]"
+    ):
+        good("someone/reviews", subset="two")
+
+
 def test_csv_values_stay_the_strings_that_they_are(tmp_path):
     path = write(tmp_path / "p.csv", "prompt,answer\nNA,007\n1984,\n")
     assert good(path) == [{"prompt": "NA", "answer": "007"}, {"prompt": "1984", "answer": ""}]
