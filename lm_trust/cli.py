@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "prompts.path",
     "prompts.heldout",
 )
+# How the same rows are named depends on where they lie: a file has neither subsets nor splits.
+_MAY_CHANGE_WITH_PROMPTS = ("prompts.subset", "prompts.split", "prompts.heldout_subset", "prompts.heldout_split")
 _MAY_CHANGE_IN_REWARDS = (*MAY_DIFFER_IN_REWARDS, "path", "ratings", "embedder")
 
 
@@ -239,10 +241,11 @@ def _check_unchanged(config: Config, saved: Config, run: Path) -> None:
     if type(config) is not type(saved):
         raise UserError(f"--resume: {run} is a run of the other world; give its own CONFIG, or none")
     now, then = (course(one.model_dump(), _MAY_CHANGE_IN_REWARDS) for one in (config, saved))
+    moved = any(then.get(key) != now.get(key) for key in ("prompts.path", "prompts.heldout"))
     changed = [
         f"--resume: {key} is {then.get(key)!r} in {run} and {now.get(key)!r} here; "
         "it cannot change in a resumed run, start a new one instead"
-        for key in differing_keys(then, now, _MAY_CHANGE)
+        for key in differing_keys(then, now, (*_MAY_CHANGE, *(_MAY_CHANGE_WITH_PROMPTS if moved else ())))
     ]
     if changed:
         raise UserError("\n".join(changed))

@@ -311,6 +311,17 @@ def test_resume_may_change_what_does_not_touch_its_course(calls):
     assert calls[0][1].rollout.microbatch_size == 4
 
 
+def test_resume_follows_a_dataset_that_has_become_a_file(calls, capsys):
+    Path("films").mkdir()
+    Path("parts.yaml").write_text(LANGUAGE.replace("prompts.jsonl", "./films, subset: main, split: test"))
+    make_run("runs/first", "parts.yaml")
+    named = ["--prompts.subset", "null", "--prompts.split", "null"]
+    assert main(["train", "--resume", "runs/first", "--prompts.path", "prompts.jsonl", *named]) == 143
+    assert calls.pop()[1].prompts.subset is None
+    lines = refused(capsys, "train", "--resume", "runs/first", *named)  # of the same folder they are other rows
+    assert [line.split(" is ")[0] for line in lines] == ["--resume: prompts.subset", "--resume: prompts.split"]
+
+
 JUDGED = """\
 critic: {kind: model, path: ./critic}
 rewards: [{kind: classifier, path: ./judge}, {kind: human_rating, ratings: ratings.csv, embedder: ./words}]
