@@ -122,7 +122,7 @@ class MinibatchAdam:
             microbatch_size=microbatch_size,
         )
         if not objective.placed.total:
-            metrics = {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": 0}
+            metrics = {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": 0, "gradients_computed": 0}
             return StepReport(False, "zero_gradient", predicted_gain=None, metrics=metrics)
         if reference.budget is None:
             objective.start_from(batch.old)
@@ -138,7 +138,7 @@ class MinibatchAdam:
             report.metrics["reference_kl_after"] = objective.reference_kl
         try:
             with torch.inference_mode(not autograd), at_rest(policy):
-                finite = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
+                finite, taken = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
             if not autograd:  # outside of that mode nothing could be added to these
                 policy.zero_grad()
             if finite:
@@ -165,7 +165,11 @@ class MinibatchAdam:
             optimizer.load_state_dict(optimizer_start)
             _forget_momentum(optimizer)
         report.gradient_norm = norms[0] if norms else 0.0
-        report.metrics |= {"learning_rate": optimizer.param_groups[0]["lr"], "gradient_steps": len(norms)}
+        report.metrics |= {
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "gradient_steps": taken,
+            "gradients_computed": len(norms),
+        }
         return report
 
     def _run_epochs(
@@ -175,9 +179,13 @@ class MinibatchAdam:
         batch: Batch,
         differentiate: Callable[[Batch, int], bool],
         norms: list[float],
-    ) -> bool:
-        """False as soon as a gradient is not finite; fills in the gradient norms."""
+    ) -> tuple[bool, int]:
+        """Whether every gradient was finite, and how many steps were taken; fills in the gradients' norms.
+
+        The gradient that ends the epochs, by what was found beside it, is computed and not followed.
+        """
         placed = placed_rows(len(batch))
+        taken = 0
         for _ in range(self._epochs):
             order, parts = shuffled(placed, self._minibatches, self._generator)
             # Gathered once a pass: the minibatches are then views.
@@ -186,12 +194,13 @@ class MinibatchAdam:
                 go_on = differentiate(_some_row(ordered[rows], batch), total)
                 norm = _clip_gradients(parameters, self._max_grad_norm)
                 if not math.isfinite(norm):
-                    return False
-                if not go_on:
-                    return True
+                    return False, taken
                 norms.append(norm)
+                if not go_on:
+                    return True, taken
                 adam_step(optimizer)
-        return True
+                taken += 1
+        return True, taken
 
     def _prepared_optimizer(self, parameters: list[nn.Parameter], progress: float) -> torch.optim.Adam:
         if self._optimizer is None:

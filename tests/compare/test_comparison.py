@@ -395,8 +395,9 @@ def test_a_failure_that_cannot_be_noted_is_told(files, monkeypatch):
     ("name", "line", "forward", "backward"),
     [
         # Eight times through the batch, and two candidates; with a budget once forward and twice back before.
+        ("sentiment_ppo", {"gradient_steps": 15, "gradients_computed": 16, "candidates": 2}, 8 + 2, 8),
         ("sentiment_ppo", {"gradient_steps": 16, "candidates": 2}, 8 + 2, 8),
-        ("sentiment_ppo_budget", {"gradient_steps": 16, "candidates": 2}, 8 + 2 + 1, 8 + 2),
+        ("sentiment_ppo_budget", {"gradient_steps": 16, "gradients_computed": 16, "candidates": 2}, 8 + 2 + 1, 8 + 2),
         # The gradient, four Fisher products on a quarter of the rows, a candidate; with a budget once more back.
         ("sentiment_trpo", {"cg_iterations": 4, "candidates": 1}, 2 + 1, 2),
         ("sentiment_trpo_budget", {"cg_iterations": 4, "candidates": 1}, 2 + 1, 2 + 1),

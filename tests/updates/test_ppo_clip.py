@@ -276,7 +276,12 @@ def test_a_kl_target_stops_the_epochs_early():
     batch = batch_for(policy)
     stopped = PPOClip(epochs=20, minibatches=1, learning_rate=0.02, target_kl=0.005).step(policy, batch)
     whole = PPOClip(epochs=20, minibatches=1, learning_rate=0.02).step(free, batch)
-    assert stopped.metrics["gradient_steps"] < whole.metrics["gradient_steps"] == 20
+    assert (
+        stopped.metrics["gradient_steps"] < whole.metrics["gradient_steps"] == whole.metrics["gradients_computed"] == 20
+    )
+    assert (
+        stopped.metrics["gradients_computed"] == stopped.metrics["gradient_steps"] + 1
+    )  # the one that says so is not followed
     assert stopped.step_kl < whole.step_kl
 
 
