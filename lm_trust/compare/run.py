@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from lm_trust.compare.config import Comparison
 from lm_trust.compare.report import PAGE, REPORT, RESULTS, make_report, read_report, write_report
-from lm_trust.compare.running import check_free, check_unchanged, train_cells
+from lm_trust.compare.running import changes, check_free, check_unchanged, train_cells
 from lm_trust.errors import UserError, error_text
-from lm_trust.training.config_file import dump
+from lm_trust.training.config import Config
 from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
 # Of a run's configuration: what the reference's completions, their rewards and the held-out prompts depend on.
@@ -45,11 +46,11 @@ def _compare(comparison: Comparison, folder: RunFolder) -> int:
 
     status = train_cells(comparison.cells, comparison.config.jobs, tell)
     errors: dict[str, str] = {}
-    limit, study = _limit_key(comparison), _study_key(comparison)
+    stages = _stages(comparison)
     if not status:
-        _stage("limit", folder, limit, lambda: _limit(comparison), tell, errors)
-        _stage("one_update", folder, study, lambda: _study(comparison), tell, errors)
-    found = _noted("limit", folder, limit), _noted("one_update", folder, study)
+        for stage in stages:
+            _run_stage(stage, folder, tell, errors)
+    found = (_noted(stage, folder) for stage in stages)
     report, rows = make_report(comparison, *found, errors)
     write_report(comparison.output, report, rows)
     _write_page(comparison.output, report, rows)
@@ -86,46 +87,72 @@ def _write_page(output: Path, report: dict[str, Any], rows: Any) -> None:
         write_page(report, rows, output / PAGE)
 
 
-def _stage(
-    name: str,
-    folder: RunFolder,
-    key: Any,
-    make: Callable[[], dict[str, Any]],
-    tell: Callable[[str], None],
-    errors: dict[str, str],
-) -> None:
+class _Stage(NamedTuple):
+    """What is found beside the runs, and noted in a file of that name.
+
+    Attributes:
+        name: of the stage.
+        settings: its own section; None: it is not asked for.
+        configs: the runs' that it is of.
+        sections: those of their sections on which it depends; None: all.
+        find: finds it.
+    """
+
+    name: str
+    settings: BaseModel | None
+    configs: list[Config]
+    sections: set[str] | None
+    find: Callable[[], dict[str, Any]]
+
+
+def _stages(comparison: Comparison) -> list[_Stage]:
+    config = comparison.config
+    limited, studied = [comparison.cells[0].config], [candidate.config for candidate in comparison.candidates]
+    return [
+        _Stage("limit", config.limit, limited, LIMIT_SECTIONS, lambda: _limit(comparison)),
+        _Stage("one_update", config.one_update, studied, None, lambda: _study(comparison)),
+    ]
+
+
+def _run_stage(stage: _Stage, folder: RunFolder, tell: Callable[[str], None], errors: dict[str, str]) -> None:
     """Note what a stage finds, where it is asked for and not noted yet; why it failed goes into `errors`."""
-    if key is None or _noted(name, folder, key) is not None:
+    name = stage.name
+    if stage.settings is None or _noted(stage, folder) is not None:
         return
     tell(f"{name.replace('_', '-')} ...")
     try:
-        found = make()
+        found = stage.find()
     except Exception as error:  # whatever it is, the runs are still worth their page
         errors[name] = error_text(error)
         tell(f"{name}: FAILED: {errors[name]}")
         return
-    folder.replace(f"{name}.json", json_text({"of": key, "found": found}))
+    configs = [config.model_dump(mode="json", include=stage.sections) for config in stage.configs]
+    of = [stage.settings.model_dump(mode="json"), *configs]
+    folder.replace(f"{name}.json", json_text({"of": of, "found": found}))
 
 
-def _noted(name: str, folder: RunFolder, key: Any) -> dict[str, Any] | None:
-    """What a stage found, now or earlier, for this key; None where it did not, or is not asked for."""
-    path = folder.path / f"{name}.json"
-    if key is None or not path.is_file():
+def _noted(stage: _Stage, folder: RunFolder) -> dict[str, Any] | None:
+    """What a stage found, now or earlier, for these settings and runs; None where it did not, or is not asked for."""
+    path = folder.path / f"{stage.name}.json"
+    if stage.settings is None or not path.is_file():
         return None
     noted = read_json(path)
-    return noted["found"] if noted["of"] == key else None
+    return noted["found"] if _is_of(stage, *noted["of"]) else None
 
 
-def _limit_key(comparison: Comparison) -> Any:
-    """What the limit is of; how long the runs are and what trains them is not among it."""
-    section, run = comparison.config.limit, comparison.cells[0].config
-    # As JSON has it, in which a noted key comes back.
-    return section and [section.model_dump(), run.model_dump(mode="json", include=LIMIT_SECTIONS)]
-
-
-def _study_key(comparison: Comparison) -> Any:
-    section = comparison.config.one_update
-    return section and [section.model_dump(), *(dump(candidate.config) for candidate in comparison.candidates)]
+def _is_of(stage: _Stage, settings: Any, *configs: Any) -> bool:
+    """Whether what was noted with these is of the stage: keys that a version did not have are at their defaults."""
+    if len(configs) != len(stage.configs):
+        return False
+    pairs = []
+    try:
+        section = type(stage.settings).model_validate(settings)
+        for config, noted in zip(stage.configs, configs, strict=True):
+            rest = {} if stage.sections is None else config.model_dump(mode="json", exclude=stage.sections)
+            pairs.append((type(config).model_validate(rest | noted, context={"saved": True}), config))
+    except (TypeError, ValidationError):  # of a version that noted other things
+        return False
+    return section == stage.settings and not any(changes(before, config) for before, config in pairs)
 
 
 def _limit(comparison: Comparison) -> dict[str, Any]:

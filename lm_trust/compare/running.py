@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lm_trust.compare import forked
 from lm_trust.compare.config import Cell
 from lm_trust.errors import UserError
+from lm_trust.training.config import Config
 from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.config_leaves import MAY_DIFFER, MAY_DIFFER_IN_REWARDS, course, differing_keys
 from lm_trust.training.interruption import Interruption
@@ -40,14 +41,18 @@ def check_unchanged(cells: Sequence[Cell]) -> None:
         if not saved.is_file():
             continue
         before = load_config(saved, check_files=False, saved=True)
-        now, then = (course(one.model_dump(), MAY_DIFFER_IN_REWARDS) for one in (cell.config, before))
-        changed = [key for key in differing_keys(then, now, MAY_DIFFER) if not _has_moved(then.get(key))]
-        if changed:
-            key = changed[0]
+        for key, then, now in changes(before, cell.config):
             raise UserError(
-                f"{cell.folder}: holds a run with {key} {then.get(key)!r}, which is {now.get(key)!r} here; "
+                f"{cell.folder}: holds a run with {key} {then!r}, which is {now!r} here; "
                 "choose another --output, or remove that folder"
             )
+
+
+def changes(before: Config, config: Config) -> list[tuple[str, object, object]]:
+    """What makes a run another one: its dotted keys that differ, with the values of before and now."""
+    then, now = (course(one.model_dump(), MAY_DIFFER_IN_REWARDS) for one in (before, config))
+    keys = [key for key in differing_keys(then, now, MAY_DIFFER) if not _has_moved(then.get(key))]
+    return [(key, then.get(key), now.get(key)) for key in keys]
 
 
 def _has_moved(value: object) -> bool:

@@ -20,7 +20,7 @@ from lm_trust.compare.config import load_comparison
 from lm_trust.compare.frontier import Curve, matched_table
 from lm_trust.compare.report import make_report
 from lm_trust.compare.results import CellResult, curves_of, gradients, read_cell
-from lm_trust.compare.run import _limit, _limit_key
+from lm_trust.compare.run import _limit, _noted, _run_stage, _stages
 from lm_trust.compare.running import check_unchanged, failure, train_cells
 from lm_trust.errors import UserError
 from lm_trust.training.config_file import dump, load_config
@@ -219,15 +219,54 @@ def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison
     assert json.loads((files / "out/report.json").read_text())["one_update"] is None
 
 
-def test_the_limit_is_estimated_anew_only_where_it_is_another(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "overrides", "is_found_again"),
+    [
+        ("limit", [("rules.trpo.values", "[0.5]"), ("shared.iterations", "8"), ("matched_kl", "[0.1]")], True),
+        (
+            "limit",
+            [("shared.rollout.microbatch_size", "3"), ("shared.rewards", "[{name: vader, dense: true, timeout: 60}]")],
+            True,
+        ),
+        ("limit", [("shared.rollout.temperature", "0.9")], False),
+        ("limit", [("shared.rewards", "[{name: length}]")], False),
+        ("limit", [("shared.model.revision", "v2")], False),
+        ("limit", [("shared.prompts.heldout", "null")], False),
+        ("limit", [("shared.evaluation.count", "7")], False),
+        ("limit", [("seeds", "[9, 0, 1]")], False),
+        ("limit", [("limit.samples", "8")], False),
+        (
+            "one_update",
+            [("shared.rollout.microbatch_size", "3"), ("shared.rewards", "[{name: vader, dense: true, timeout: 60}]")],
+            True,
+        ),
+        ("one_update", [("shared.reference.loss", "0.3")], False),
+        ("one_update", [("one_update.evaluations", "8")], False),
+        ("one_update", [("one_update.values", "{trpo: [0.5]}")], False),
+    ],
+)
+def test_what_a_stage_found_is_found_anew_only_where_it_is_another(
+    tmp_path, monkeypatch, name, overrides, is_found_again
+):
     monkeypatch.chdir(ROOT)
+    folder = RunFolder(tmp_path)
 
-    def key(*overrides):
-        return _limit_key(load_comparison("configs/compare/sentiment.yaml", overrides))
+    def stage(*overrides):
+        stages = _stages(load_comparison("configs/compare/sentiment.yaml", overrides))
+        return next(each for each in stages if each.name == name)._replace(find=lambda: {"found": 1})
 
-    assert key(("rules.trpo.values", "[0.5]"), ("shared.iterations", "8"), ("matched_kl", "[0.1]")) == key()
-    others = [("shared.rollout.temperature", "0.9"), ("shared.rewards", "[{name: length}]"), ("limit.samples", "8")]
-    assert all(key(other) != key() for other in others)
+    _run_stage(stage(), folder, lambda line: None, errors := {})
+    assert not errors and _noted(stage(), folder) == {"found": 1}
+    assert _noted(stage(*overrides), folder) == ({"found": 1} if is_found_again else None)
+    # A key that came with a later version, and what another one noted.
+    path = tmp_path / f"{name}.json"
+    noted = json.loads(path.read_text())
+    noted["of"][1]["model"].pop("revision")
+    path.write_text(json.dumps(noted))
+    assert _noted(stage(), folder) == {"found": 1}
+    for older in (["kind: x"], [{"kind": "x"}]):
+        path.write_text(json.dumps(noted | {"of": [noted["of"][0], *older * len(stage().configs)]}))
+        assert _noted(stage(), folder) is None
 
 
 def test_the_limit_closes_what_it_samples_with(monkeypatch):
