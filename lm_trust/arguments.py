@@ -123,7 +123,7 @@ def _add_launch(commands: _Commands) -> None:
         "train in several processes",
         texts.LAUNCH,
         texts.LAUNCH_EXAMPLES,
-        "[--processes N | --accelerate-config FILE] train ...",
+        "[--processes N] [--accelerate-config FILE] train ...",
     )
     launched.add_argument("--processes", type=_positive, metavar="N", help="how many (default: the number of GPUs)")
     launched.add_argument(

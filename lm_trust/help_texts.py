@@ -33,7 +33,10 @@ YAML. Setting another `kind` replaces that section with the kind's defaults.
 `lm-trust config language` and `lm-trust config control` list all keys.
 
 Ctrl-C and SIGTERM finish the iteration, write a checkpoint and exit with
-status 130 or 143.
+status 130 or 143. What --resume goes on with is the same run: it may be made
+longer (iterations, total_steps), be evaluated, stopped, logged and noted
+otherwise, call its rewards otherwise, and find models and prompts that have
+moved. Any other key that is set to something else is refused.
 """
 TRAIN_EXAMPLES = """\
 examples:
@@ -64,7 +67,7 @@ examples:
 EVALUATE = """\
 Evaluate a trained policy again: a language model on the held-out prompts of
 its run, beside the model it started from; a control policy on fresh episodes,
-without exploration.
+without exploration. Prompts and rewards are those of the run's config.yaml.
 """
 EVALUATE_EXAMPLES = """\
 examples:

@@ -62,7 +62,7 @@ class CompareConfig(Section):
     matched_kl: list[Rate] = Field(
         default_factory=list, description="KLs at which rules are compared: reference KL (control: mean step KL)"
     )
-    limit: Limit | None = Field(None, description="language: how the limit is estimated; null: it is not")
+    limit: Limit | None = Field(None, description="how a language run's limit is estimated; null: it is not")
     one_update: OneUpdate | None = Field(None, description="the one-update study; null: there is none")
     jobs: Positive = Field(1, description="runs at a time, each with its share of the cores")
 

@@ -318,8 +318,9 @@ def kl_estimators(old_log_prob: Tensor, new_log_prob: Tensor) -> dict[str, Tenso
     """Single-sample estimators of KL(old || new) from actions drawn from old.
 
     Schulman, "Approximating KL Divergence" (2020), with r = new / old: k1 = -log r (unbiased), k2 = (log r)^2 / 2
-    (biased, low variance), k3 = r - 1 - log r (unbiased, never negative). Exact divergences are what this library
-    steps by; these are for comparison with others' logs.
+    (biased, low variance), k3 = r - 1 - log r (unbiased, never negative). Bounds and reports of this
+    library go by exact divergences; these serve where PPO-clip's `target_kl` is meant as others mean it, where only
+    sampled tokens are known, and to be compared with others' logs.
 
     Args:
         old_log_prob: (B, T), nats.

@@ -102,8 +102,8 @@ class AdaptivePenalty(Section):
 
 
 class Reference(Section):
-    penalty: float = Field(0.0, ge=0, description="coefficient of the KL to the start, in the reward: future KL counts")
-    loss: float = Field(0.0, ge=0, description="coefficient of the exact KL, in the objective, for each step alone")
+    penalty: float = Field(0.0, ge=0, description="of log(policy / reference), taken off each sampled token's reward")
+    loss: float = Field(0.0, ge=0, description="of the exact KL to the reference, taken off the objective")
     budget: Rate | None = Field(None, description="hard bound on the exact KL, nats a sequence; null: none")
     adaptive: AdaptivePenalty | None = Field(None, description="null: the penalty stays as it is")
 

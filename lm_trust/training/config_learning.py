@@ -85,14 +85,14 @@ class ReturnsToGo(Section):
 
 
 class LeaveOneOut(Section):
-    """A completion's score less the mean of the other completions of its prompt."""
+    """A completion's score less the mean of the other completions of its prompt (RLOO)."""
 
     kind: Literal["leave_one_out"] = "leave_one_out"
     whiten: bool = Field(True, description="shift and scale a batch's advantages to mean 0, sd 1")
 
 
 class GroupRelative(Section):
-    """A completion's score less the mean of all completions of its prompt."""
+    """A completion's score less the mean of all completions of its prompt (GRPO; without `scale` Dr. GRPO)."""
 
     kind: Literal["group_relative"] = "group_relative"
     scale: bool = Field(True, description="divide by the standard deviation within the prompt")
@@ -175,7 +175,7 @@ class Trpo(Section):
     damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
     cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
     preconditioner: Literal["gradient"] | None = Field(
-        None, description="gradient: what it says of the Fisher spares up to two thirds of them; null: none"
+        None, description="gradient: made from the gradient, for fewer iterations; null: none"
     )
     fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
     fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(

@@ -80,6 +80,8 @@ class RewardScaling(Section):
     """How the learner sees the weighted sum; what is reported stays as it was scored."""
 
     by: Literal["none", "running", "reference", "whiten"] = Field(
-        "none", description="mean and sd so far, those of the start's completions, or the batch's sd, keeping its mean"
+        "none",
+        description="running: by mean and sd so far; reference: by those of the reference's completions; "
+        "whiten: by the batch's sd, keeping its mean",
     )
     clip: Rate | None = Field(None, description="then clipped to this magnitude; null: not")
