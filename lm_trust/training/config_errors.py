@@ -187,7 +187,8 @@ def _of_which_kinds(key: Key, tree: Mapping[str, Any], root: type[BaseModel]) ->
     name, *below = key
     kinds = variants(root.model_fields[name].annotation)
     given = tree.get(name)
-    chosen = kinds.get(given.get("kind")) if isinstance(given, Mapping) else None
+    kind = given.get("kind") if isinstance(given, Mapping) else None
+    chosen = kinds.get(kind) if isinstance(kind, str) else None
     if not below or chosen is None or below[0] in chosen.model_fields:
         return ""
     return f" It is of {name}.kind {', '.join(kind for kind, one in kinds.items() if below[0] in one.model_fields)}"

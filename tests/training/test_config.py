@@ -368,6 +368,11 @@ def test_a_key_of_another_library_is_looked_for_in_its_own_section_first(folder,
     assert found.startswith(f"command line: {line}")
 
 
+def test_another_kinds_key_beside_a_kind_that_is_none(folder):
+    lines = problems("lm.yaml", ("update.kind", "[trpo]"), ("lr", "1"))
+    assert "command line: lr: unknown key; did you mean update.learning_rate?" in lines
+
+
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
