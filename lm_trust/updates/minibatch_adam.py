@@ -132,13 +132,12 @@ class MinibatchAdam:
             reference.begin(objective.reference_kl, _unit(gradient, objective))
         if reference.began_over:
             _forget_momentum(optimizer)
-        norms: list[float] = []
         report = StepReport(False, "non_finite", predicted_gain=None)
         if objective.reference_kl is not None:
             report.metrics["reference_kl_after"] = objective.reference_kl
         try:
             with torch.inference_mode(not autograd), at_rest(policy):
-                finite, taken = self._run_epochs(parameters, optimizer, batch, differentiate, norms)
+                norms, taken, finite = self._run_epochs(parameters, optimizer, batch, differentiate)
             if not autograd:  # outside of that mode nothing could be added to these
                 policy.zero_grad()
             if finite:
@@ -178,13 +177,13 @@ class MinibatchAdam:
         optimizer: torch.optim.Adam,
         batch: Batch,
         differentiate: Callable[[Batch, int], bool],
-        norms: list[float],
-    ) -> tuple[bool, int]:
-        """Whether every gradient was finite, and how many steps were taken; fills in the gradients' norms.
+    ) -> tuple[list[float], int, bool]:
+        """The norms of the finite gradients, how many of these a step followed, and whether all were finite.
 
         The gradient that ends the epochs, by what was found beside it, is computed and not followed.
         """
         placed = placed_rows(len(batch))
+        norms: list[float] = []
         taken = 0
         for _ in range(self._epochs):
             order, parts = shuffled(placed, self._minibatches, self._generator)
@@ -194,13 +193,13 @@ class MinibatchAdam:
                 go_on = differentiate(_some_row(ordered[rows], batch), total)
                 norm = _clip_gradients(parameters, self._max_grad_norm)
                 if not math.isfinite(norm):
-                    return False, taken
+                    return norms, taken, False
                 norms.append(norm)
                 if not go_on:
-                    return True, taken
+                    return norms, taken, True
                 adam_step(optimizer)
                 taken += 1
-        return True, taken
+        return norms, taken, True
 
     def _prepared_optimizer(self, parameters: list[nn.Parameter], progress: float) -> torch.optim.Adam:
         if self._optimizer is None:

@@ -219,15 +219,17 @@ def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison
     assert json.loads((files / "out/report.json").read_text())["one_update"] is None
 
 
+TOUCHING_NO_RUN = [
+    ("shared.rollout.microbatch_size", "3"),
+    ("shared.rewards", "[{name: vader, dense: true, timeout: 60}]"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "is_found_again"),
     [
         ("limit", [("rules.trpo.values", "[0.5]"), ("shared.iterations", "8"), ("matched_kl", "[0.1]")], True),
-        (
-            "limit",
-            [("shared.rollout.microbatch_size", "3"), ("shared.rewards", "[{name: vader, dense: true, timeout: 60}]")],
-            True,
-        ),
+        ("limit", TOUCHING_NO_RUN, True),
         ("limit", [("shared.rollout.temperature", "0.9")], False),
         ("limit", [("shared.rewards", "[{name: length}]")], False),
         ("limit", [("shared.model.revision", "v2")], False),
@@ -235,11 +237,7 @@ def test_what_a_stage_found_before_is_in_the_report_of_an_interrupted_comparison
         ("limit", [("shared.evaluation.count", "7")], False),
         ("limit", [("seeds", "[9, 0, 1]")], False),
         ("limit", [("limit.samples", "8")], False),
-        (
-            "one_update",
-            [("shared.rollout.microbatch_size", "3"), ("shared.rewards", "[{name: vader, dense: true, timeout: 60}]")],
-            True,
-        ),
+        ("one_update", TOUCHING_NO_RUN, True),
         ("one_update", [("shared.reference.loss", "0.3")], False),
         ("one_update", [("one_update.evaluations", "8")], False),
         ("one_update", [("one_update.values", "{trpo: [0.5]}")], False),
