@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from lm_trust.compare.statistics import Estimate
 from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.surrogate import ratio
+from lm_trust.intervals import Estimate, clustered_mean
 from lm_trust.training.trainer import Experience
 
 
@@ -47,32 +44,6 @@ def paired_improvement(before: dict[str, Any], after: dict[str, Any]) -> Estimat
     if any(one["prompt"] != two["prompt"] for one, two in pairs):
         raise ValueError("the two evaluations are not of the same prompts")
     return clustered_mean([two["reward"] - one["reward"] for one, two in pairs], [one["prompt"] for one, _ in pairs])
-
-
-def clustered_mean(
-    values: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray, *, confidence: float = 0.95
-) -> Estimate:
-    """The mean of values that are independent only between clusters, with its interval.
-
-    Student's t with the cluster-robust standard error (Liang and Zeger 1986), scaled for few clusters; where each value
-    is a cluster, that is the usual interval of a mean. Not a bootstrap: over a handful of environments that is too
-    narrow. The ends are None for fewer than two clusters.
-
-    Args:
-        values: (N,).
-        clusters: (N,) which cluster each belongs to.
-        confidence: of the interval.
-    """
-    values = np.asarray(values, dtype=float)
-    mean = float(values.mean())
-    names, members = np.unique(clusters, return_inverse=True)
-    count = len(names)
-    if count < 2 or not math.isfinite(mean):
-        return Estimate(mean, None, None)
-    sums = np.bincount(members, weights=values - mean)
-    error = math.sqrt(count / (count - 1) * np.square(sums).sum()) / len(values)
-    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * error
-    return Estimate(mean, mean - half, mean + half)
 
 
 @torch.no_grad()

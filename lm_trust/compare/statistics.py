@@ -14,24 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from lm_trust.intervals import Estimate
+
 
 def known(value: Any) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class Estimate(NamedTuple):
-    """A statistic and the ends of its 95 % interval, which are None for fewer than two observations."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 def bootstrap_mean(values: ArrayLike) -> Estimate:

@@ -12,11 +12,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import nn
 
 from lm_trust.control.vector import Environments
 from lm_trust.errors import UserError
+from lm_trust.intervals import clustered_mean
 from lm_trust.user_code import working_directory_importable
 
 LONGEST_EPISODE = 100_000
@@ -50,7 +50,7 @@ def evaluate_policy(policy: nn.Module, environments: Environments) -> dict[str, 
             )
     return {
         "reward_mean": float(returns.mean()),
-        "reward_interval": t_interval(returns),
+        "reward_interval": clustered_mean(returns, np.arange(environments.count)).interval,
         "count": environments.count,
         "length_mean": float(lengths.mean()),
         "returns": returns.tolist(),
@@ -94,11 +94,3 @@ class Remembering(gymnasium.Wrapper):
         if terminated or truncated:
             self.episode = Episode(self._seed, self._actions, self._total, copy(observation))
         return observation, reward, terminated, truncated, info
-
-
-def t_interval(samples: np.ndarray) -> list[float] | None:
-    """95 % interval of the mean of (N,) samples by Student's t; None for fewer than two."""
-    if len(samples) < 2:
-        return None
-    half = stdtrit(len(samples) - 1, 0.975) * samples.std(ddof=1) / np.sqrt(len(samples))
-    return [float(samples.mean() - half), float(samples.mean() + half)]

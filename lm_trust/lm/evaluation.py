@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lm_trust.core.processes import all_rows, gathered, mean
+from lm_trust.intervals import clustered_mean
 from lm_trust.lm.generation import Completions
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.rewards import RewardScores
@@ -20,20 +19,13 @@ from lm_trust.lm.rewards import RewardScores
 def reward_interval(scores: Tensor, prompts: Tensor) -> list[float] | None:
     """95 % t interval of the mean reward, [low, high]; None for fewer than two prompts.
 
-    Samples of one prompt are not independent, so the prompts' means are the observations.
+    Samples of one prompt are not independent: the interval takes them together.
 
     Args:
         scores: (B,).
         prompts: (B,) which prompt each belongs to.
     """
-    _, inverse = prompts.unique(return_inverse=True)
-    sums = torch.zeros(int(inverse.max()) + 1, dtype=scores.dtype).index_add(0, inverse, scores)
-    means = sums / torch.bincount(inverse)
-    if len(means) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(means) - 1)) * means.std().item() / math.sqrt(len(means))
-    centre = scores.mean().item()
-    return [centre - half, centre + half]
+    return clustered_mean(scores.numpy(force=True), prompts.numpy(force=True)).interval
 
 
 def distinct_2(completions: Sequence[Sequence[int]]) -> float | None:

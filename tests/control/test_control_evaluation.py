@@ -1,13 +1,11 @@
 """Deterministic evaluation on environments of its own."""
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from lm_trust.control import ControlTask, Environments, MLPPolicy, make_environments
 from lm_trust.control import evaluation as module
-from lm_trust.control.evaluation import evaluate_policy, t_interval
+from lm_trust.control.evaluation import evaluate_policy
 from lm_trust.errors import UserError
 
 
@@ -40,14 +38,6 @@ def test_every_episode_counts_once_however_long(clocks):
     assert result["reward_mean"] == result["length_mean"] == pytest.approx(3.5)
     assert result["returns"] == [1, 2, 3, 4, 5, 6]
     assert [len(env.resets) for env in environments.envs] == [3] * 6  # made, begun, and after its one end
-
-
-def test_the_interval_is_students():
-    returns = np.random.default_rng(0).normal(size=12)
-    expected = stats.ttest_1samp(returns, 0).confidence_interval(0.95)
-    assert t_interval(returns) == pytest.approx([expected.low, expected.high])
-    assert t_interval(np.full(20, 500.0)) == [500.0, 500.0]
-    assert t_interval(np.ones(1)) is None
 
 
 def test_evaluation_repeats_itself_and_leaves_training_alone():
