@@ -87,7 +87,8 @@ def gradients(line: Record, config: Config) -> float:
     by_minibatches = "gradient_steps" in line
     if by_minibatches:
         # Runs of before these were noted: those that were followed by a step, all but the last.
-        spent = line.get("gradients_computed", line["gradient_steps"]) / getattr(update, "minibatches", 1)
+        spent = line.get("gradients_computed", line["gradient_steps"]) + FORWARD * line.get("forwards_computed", 0)
+        spent /= getattr(update, "minibatches", 1)
     else:
         spent = 1 + (line.get("cg_iterations") or 0) * getattr(update, "fisher_fraction", 1.0)
     if isinstance(config, LanguageConfig) and config.reference.budget is not None:

@@ -60,7 +60,12 @@ class TRPOPenalty(AdamRule):
             self._coefficient = self._given
         report = super().step(policy, batch, needs_gain=True, price=self._coefficient)
         bound = report.surrogate_gain - self._coefficient * report.step_kl_max
-        report.metrics = {"kl_coefficient": self._coefficient, "lower_bound": bound, **report.metrics}
+        report.metrics = {
+            "kl_coefficient": self._coefficient,
+            "lower_bound": bound,
+            **report.metrics,
+            "forwards_computed": report.metrics["gradients_computed"],  # `_furthest`'s, before each
+        }
         return report
 
     @torch.no_grad()

@@ -435,6 +435,8 @@ def test_a_failure_that_cannot_be_noted_is_told(files, monkeypatch):
         ("sentiment_ppo", {"gradient_steps": 15, "gradients_computed": 16, "candidates": 2}, 8 + 2, 8),
         ("sentiment_ppo", {"gradient_steps": 16, "candidates": 2}, 8 + 2, 8),
         ("sentiment_ppo_budget", {"gradient_steps": 16, "gradients_computed": 16, "candidates": 2}, 8 + 2 + 1, 8 + 2),
+        # Where a minibatch's step that is furthest off is looked for before each gradient, eight times forward for it.
+        ("sentiment_ppo", {"gradient_steps": 16, "gradients_computed": 16, "forwards_computed": 16}, 8 + 8 + 1, 8),
         # The gradient, four Fisher products on a quarter of the rows, a candidate; with a budget once more back.
         ("sentiment_trpo", {"cg_iterations": 4, "candidates": 1}, 2 + 1, 2),
         ("sentiment_trpo_budget", {"cg_iterations": 4, "candidates": 1}, 2 + 1, 2 + 1),
@@ -442,6 +444,8 @@ def test_a_failure_that_cannot_be_noted_is_told(files, monkeypatch):
 )
 def test_an_updates_cost_is_that_of_its_passes(name, line, forward, backward):
     overrides = [("update.minibatches", "2")] if "gradient_steps" in line else [("update.fisher_fraction", "0.25")]
+    if "forwards_computed" in line:
+        overrides = [("update", "{kind: trpo_penalty, minibatches: 2}")]
     config = load_config(ROOT / f"configs/lm/{name}.yaml", overrides)
     assert gradients(line, config) == pytest.approx((forward + 2 * backward) / 3)
 
