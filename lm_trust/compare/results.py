@@ -121,7 +121,7 @@ def read_cell(cell: Cell) -> CellResult:
         raise UserError(
             f"{cell.folder}: the run is finished and has no metrics.jsonl; take it back, or remove the folder"
         )
-    evaluations = _evaluations(run, sides, lines) if run else []
+    evaluations = run.held_out() if run else []
     trajectory = _trajectory(evaluations, rows) if evaluations else None
     return CellResult(
         cell=cell,
@@ -160,14 +160,6 @@ def _summary(cell: Cell, rows: Sequence[Record], after: Record | None, bound: fl
         "bound": bound,
         "violations": float(np.mean(broken)) if broken else None,
     }
-
-
-def _evaluations(run: RunFolder, sides: dict[str, Record], lines: Sequence[Record]) -> list[Record]:
-    """All held-out evaluations in the order of training, each with its iteration."""
-    found = [{"iteration": 0, **sides["before"]}] if "before" in sides else []
-    end = lines[-1]["iteration"] if "after" in sides else None
-    found += [line for line in run.evaluations() if end is None or line["iteration"] < end]
-    return found + ([{"iteration": end, **sides["after"]}] if end is not None else [])
 
 
 def _trajectory(evaluations: Sequence[Record], rows: Sequence[Record]) -> Record:

@@ -74,7 +74,9 @@ def plot_runs(
     runs = list({run.resolve(): run for run in runs}.values())
     configs = {run: load_config(run / "config.yaml", check_files=False, saved=True) for run in runs}
     metrics = {run: _metrics(run) for run in runs}
-    series = {run: _series(_records(run, metrics[run], metric), metrics[run], metric, x) for run in runs}
+    evaluated = metric.startswith(EVALUATION)
+    records = {run: RunFolder(run).held_out() if evaluated else metrics[run] for run in runs}
+    series = {run: _series(records[run], metrics[run], metric, x) for run in runs}
     if not any(len(places) for places, _ in series.values()):
         raise UserError(_no_metric(metrics.values(), metric))
     curves, lines = [], []
@@ -122,19 +124,6 @@ def _metrics(run: Path) -> list[Record]:
     if not metrics:
         raise UserError(f"{run}: nothing to plot yet: it has no metrics.jsonl, or an empty one")
     return metrics
-
-
-def _records(run: Path, metrics: Sequence[Record], metric: str) -> Sequence[Record]:
-    """The lines that hold the metric: of the iterations, or of the evaluations."""
-    if not metric.startswith(EVALUATION):
-        return metrics
-    folder, last = RunFolder(run), metrics[-1]
-    sides = folder.evaluation()
-    before = [{"iteration": 0, "steps": 0, **sides["before"]}] if "before" in sides else []
-    after = [{"iteration": last["iteration"], "steps": last["steps"], **sides["after"]}] if "after" in sides else []
-    # The end has one evaluation, though a run that was made longer has noted another there before.
-    periodic = [line for line in folder.evaluations() if not after or line["iteration"] < last["iteration"]]
-    return [*before, *periodic, *after]
 
 
 def _series(

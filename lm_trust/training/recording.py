@@ -67,7 +67,7 @@ class Recorder:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Note a periodic evaluation, and keep the policy if it is the best so far."""
-        self._folder.append_evaluation(self.evaluation_line(record))
+        self._folder.append_evaluation(self._evaluation_line(record))
         self._trackers.log(evaluation_values(record), self._step)
         self._best.offer(self._located(record))
 
@@ -80,18 +80,18 @@ class Recorder:
         self._folder.write_evaluation(noted | {"after": record})
         self._best.offer(self._located(record))
 
-    def evaluation_line(self, record: dict[str, Any]) -> dict[str, Any]:
-        """An evaluation as a line of evaluations.jsonl: where it stands, and its numbers of all samples or episodes."""
-        return {key: value for key, value in self._located(record).items() if key not in ("samples", "returns")}
-
     def _go_on_from_the_end(self) -> None:
         """Where a finished run is made longer, the evaluation of its end is one of its course from now on."""
         after = self._folder.evaluation().get("after")
         if after is None:
             return
         if self._trainer.iteration not in [line["iteration"] for line in self._folder.evaluations()]:
-            self._folder.append_evaluation(self.evaluation_line(after))
+            self._folder.append_evaluation(self._evaluation_line(after))
         self._folder.forget_end()
+
+    def _evaluation_line(self, record: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation as a line of evaluations.jsonl: where it stands, and its numbers of all samples or episodes."""
+        return {key: value for key, value in self._located(record).items() if key not in ("samples", "returns")}
 
     def _located(self, record: dict[str, Any]) -> dict[str, Any]:
         return {"iteration": self._trainer.iteration, "steps": self._trainer.task.steps, **record}

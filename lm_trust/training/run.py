@@ -231,11 +231,6 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder 
     if recorder is None:
         return
     recorder.evaluation_after(after)
-    evaluations = [line for line in folder.evaluations() if line["iteration"] < trainer.iteration]
-    evaluations.append(recorder.evaluation_line(after))
-    before = folder.evaluation().get("before")
-    if before is not None:
-        evaluations.insert(0, {"iteration": 0, "steps": 0, **before})
     with folder.writing(folder.learning_curve.name):
         learning_curve(
             folder.metrics(),
@@ -243,7 +238,7 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder 
             step_kl_bound=world.step_kl_bound,
             title=folder.path.name,
             reward_label="reward" if world.kind == "language" else "episode return",
-            evaluations=evaluations,
+            evaluations=folder.held_out(),
         )
     if isinstance(config, LanguageConfig):
         write_cards(config, world.policy_name, folder)

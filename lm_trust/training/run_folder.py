@@ -122,6 +122,17 @@ class RunFolder:
         """All lines of evaluations.jsonl."""
         return self._lines("evaluations.jsonl")
 
+    def held_out(self) -> list[Record]:
+        """All held-out evaluations in the order of training, each with its iteration and steps."""
+        sides = self.evaluation()
+        found = [{"iteration": 0, "steps": 0, **sides["before"]}] if "before" in sides else []
+        if "after" not in sides:
+            return found + self.evaluations()
+        last = self.metrics()[-1]
+        # The end has one evaluation, though a run that was made longer has noted another there before.
+        found += [line for line in self.evaluations() if line["iteration"] < last["iteration"]]
+        return [*found, {"iteration": last["iteration"], "steps": last["steps"], **sides["after"]}]
+
     def forget_after(self, iteration: int) -> None:
         """Drop the lines, the tables and the end of iterations that a resumed run will do again."""
         if any(line["iteration"] > iteration for line in self.metrics()):
