@@ -333,7 +333,7 @@ def _data_path(path: str) -> tuple[str, str | None]:
     if os.path.exists(local):
         return local, None
     problem = _no_such("file", path)
-    is_hub_id = _HUB_ID.fullmatch(path) and path[0] != "." and not os.path.splitext(path)[1]
+    is_hub_id = _HUB_ID.fullmatch(path) and path[0] != "." and not os.path.splitext(path)[1][1:2].isalpha()
     if is_hub_id and "did you mean" not in problem:
         return path, None
     return local, problem

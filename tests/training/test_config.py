@@ -739,7 +739,8 @@ def test_local_paths_become_absolute_and_names_stay(folder):
     assert config.output == os.path.expanduser("~/x")
     for name in ("smollm2-135m", "gpt2", "openai-community/gpt2"):
         assert lm(model__path=name).model.path == name
-    assert lm(prompts__path="stanfordnlp/imdb").prompts.path == "stanfordnlp/imdb"
+    for name in ("stanfordnlp/imdb", "teknium/OpenHermes-2.5"):  # a version is no suffix
+        assert lm(prompts__path=name).prompts.path == name
 
 
 @pytest.mark.parametrize(
