@@ -13,6 +13,7 @@ MAY_DIFFER = (
     "rollout.microbatch_size",
     "rollout.mismatch.limit",
     "environment.processes",
+    "evaluation.videos",
     "critic.own_process",
     "model.gradient_checkpointing",
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_trust.training.config import Config
-from lm_trust.training.config_leaves import MAY_DIFFER, leaves
+from lm_trust.training.config_leaves import MAY_DIFFER, MAY_DIFFER_IN_REWARDS, course
 
 _IGNORED = ("seed", *MAY_DIFFER)  # two runs that differ only here are still samples of the same thing
 _MOST_NAMED = 3  # differing keys that a legend can bear; beyond them the folders' names say it better
@@ -22,7 +22,7 @@ def group_runs(runs: Mapping[Path, Config]) -> dict[str, list[Path]]:
     members: dict[str, list[Path]] = {}
     settings: dict[str, Settings] = {}
     for run, config in runs.items():
-        flat = leaves(config.model_dump())
+        flat = course(config.model_dump(), MAY_DIFFER_IN_REWARDS)
         flat = {key: value for key, value in flat.items() if not key.startswith(_IGNORED)}
         identity = json.dumps(flat, sort_keys=True, default=str)
         members.setdefault(identity, []).append(run)

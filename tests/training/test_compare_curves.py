@@ -144,8 +144,17 @@ def test_a_language_run_needs_no_prompts_any_more(make, draw):
                 "a": {"trackers": []},
                 "b": {"checkpoint": {"every": 3}, "seed": 5},
                 "c": {"output": "x", "environment": {"id": "CartPole-v1", "processes": 2}},
+                "d": {"evaluation": {"videos": 2}},
             },
             ["trpo"],
+        ),
+        (
+            {
+                "a": {"base": LANGUAGE},
+                "b": {"base": LANGUAGE, "rewards": [{"name": "vader", "timeout": 30.0}]},
+                "c": {"base": LANGUAGE, "rewards": [{"name": "vader", "weight": 0.5}]},
+            },
+            ["rewards.0.weight 1.0", "rewards.0.weight 0.5"],
         ),
         (
             {
@@ -164,13 +173,13 @@ def test_a_language_run_needs_no_prompts_any_more(make, draw):
             ["big", "small"],
         ),
     ],
-    ids=["one key", "kinds", "several", "same", "stems", "parents"],
+    ids=["one key", "kinds", "several", "same", "rewards", "stems", "parents"],
 )
 def test_groups_are_named_by_what_differs(make, draw, runs, labels):
     _, axis = draw(*(make(name, **sections) for name, sections in runs.items()))
     found = [text.rpartition(" (")[0] for text in legend(axis)]
     if labels == ["trpo"]:  # nothing differs
-        assert len(found) == 1 and legend(axis)[0].endswith("(3 runs)")
+        assert len(found) == 1 and legend(axis)[0].endswith(f"({len(runs)} runs)")
     else:
         assert found == labels
 
