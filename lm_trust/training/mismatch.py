@@ -14,6 +14,7 @@ from torch import Tensor
 from lm_trust.core.batch import Rollout
 from lm_trust.core.distributions import kl_estimators
 from lm_trust.core.processes import largest, mean
+from lm_trust.core.surrogate import ratio
 from lm_trust.errors import UserError
 from lm_trust.training.config_language import Mismatch
 
@@ -45,11 +46,11 @@ def mismatch_metrics(config: Mismatch, rollout: Rollout, log_prob: Tensor) -> di
             f"rollout.mismatch.limit: the engine's distribution is {estimate:.3g} nats a token from the policy's, by "
             f"estimate, and {config.limit:g} is allowed; raise the limit, or begin again with rollout.engine generate"
         )
-    ratio = _ratio(rollout.engine_log_prob, log_prob)
+    weight = ratio(rollout.engine_log_prob, log_prob)
     return {
         "engine_kl": estimate,
-        "engine_ratio_max": largest(torch.where(rollout.mask, ratio, 0.0).amax()).item(),
-        "engine_clipped_fraction": mean(ratio > config.cap, rollout.mask),
+        "engine_ratio_max": largest(torch.where(rollout.mask, weight, 0.0).amax()).item(),
+        "engine_clipped_fraction": mean(weight > config.cap, rollout.mask),
     }
 
 
@@ -64,8 +65,4 @@ def corrected(config: Mismatch, rollout: Rollout, log_prob: Tensor, advantages: 
     """
     if rollout.engine_log_prob is None or not config.correct:
         return advantages
-    return advantages * _ratio(rollout.engine_log_prob, log_prob).clamp(max=config.cap).to(advantages.dtype)
-
-
-def _ratio(engine_log_prob: Tensor, log_prob: Tensor) -> Tensor:
-    return (log_prob - engine_log_prob).exp()
+    return advantages * ratio(rollout.engine_log_prob, log_prob).clamp(max=config.cap).to(advantages.dtype)

@@ -191,15 +191,14 @@ class Trainer:
 
         values, next_values = self.critic.values(rollout)
         advantages, returns = estimate_advantages(self.advantage, rollout, scores["reward"], values, next_values)
+        advantages = corrected(self.mismatch, rollout, scores["log-probability"], advantages)
         if self.adaptive_penalty is not None:
             metrics["reference_penalty"] = self.reference_penalty
         offender = self._offender(rollout, scores | {"value": values, "return": returns, "advantage": advantages})
         batch = None
         if offender is None:
             progress = self.iteration / self.iterations
-            log_prob = scores["log-probability"]
-            weighted = corrected(self.mismatch, rollout, log_prob, advantages)
-            batch = _batch(rollout, old, log_prob, weighted, progress=progress)
+            batch = _batch(rollout, old, scores["log-probability"], advantages, progress=progress)
         return Experience(rollout, scores, values, advantages, returns, batch, offender, metrics, rollout_seconds)
 
     def _offender(self, rollout: Rollout, quantities: dict[str, Tensor]) -> str | None:
