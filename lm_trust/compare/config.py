@@ -14,7 +14,7 @@ from lm_trust.compare.words import cell_name, knob_text
 from lm_trust.errors import UserError
 from lm_trust.training.config import Config, ConfigError, LanguageConfig
 from lm_trust.training.config_file import load_compare_config, load_config
-from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Seed
+from lm_trust.training.config_learning import Count, Name, PositiveFloat, PositiveInt, Section, Seed
 from lm_trust.training.config_leaves import differing_keys, leaves
 
 _RULE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # it names a folder
@@ -34,17 +34,17 @@ class Rule(Section):
 class Limit(Section):
     """Samples of the reference that the limit of reward per nat is estimated from."""
 
-    prompts: Positive = Field(
+    prompts: PositiveInt = Field(
         24, description="held-out prompts, from the first; to tell a rule's share: as many as it is evaluated on"
     )
-    samples: Annotated[Positive, Field(ge=8)] = Field(128, description="completions of each")
+    samples: Annotated[PositiveInt, Field(ge=8)] = Field(128, description="completions of each")
 
 
 class OneUpdate(Section):
     """One update by each rule and value of its knob, from the same checkpoint and the same rollout."""
 
     iterations_before: Count = Field(3, description="iterations of the first rule that lead to the checkpoint")
-    evaluations: Positive = Field(96, description="held-out completions or episodes, before and after")
+    evaluations: PositiveInt = Field(96, description="held-out completions or episodes, before and after")
     values: dict[Name, list[float]] = Field(
         default_factory=dict, description="values of a rule's knob here; a rule that is not named has those of its runs"
     )
@@ -59,12 +59,12 @@ class CompareConfig(Section):
     shared: dict[str, Any] = Field(default_factory=dict, description="changes of the base that all runs share")
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0, 1, 2], description="one run each of every cell")
     rules: Annotated[dict[Annotated[str, Field(pattern=_RULE_NAME)], Rule], Field(min_length=1)]
-    matched_kl: list[Rate] = Field(
+    matched_kl: list[PositiveFloat] = Field(
         default_factory=list, description="KLs at which rules are compared: reference KL (control: mean step KL)"
     )
     limit: Limit | None = Field(None, description="how a language run's limit is estimated; null: it is not")
     one_update: OneUpdate | None = Field(None, description="the one-update study; null: there is none")
-    jobs: Positive = Field(1, description="runs at a time, each with its share of the cores")
+    jobs: PositiveInt = Field(1, description="runs at a time, each with its share of the cores")
 
     @model_validator(mode="after")
     def _together(self) -> CompareConfig:

@@ -33,7 +33,7 @@ from lm_trust.training.config_learning import (
     ModelHead,
     Name,
     NoCritic,
-    Positive,
+    PositiveInt,
     ReferenceHead,
     ReturnsToGo,
     Section,
@@ -47,12 +47,12 @@ from lm_trust.training.config_rewards import Rewards, RewardScaling
 
 class Evaluation(Section):
     every: Count = Field(10, description="iterations between evaluations; 0: only at the end")
-    count: Positive = Field(64, description="completions of held-out prompts, in turn; of a held-out file its first")
+    count: PositiveInt = Field(64, description="completions of held-out prompts, in turn; of a held-out file its first")
 
 
 class ControlEvaluation(Section):
     every: Count = Field(10, description="iterations between evaluations; 0: only at the end")
-    count: Positive = Field(20, description="episodes")
+    count: PositiveInt = Field(20, description="episodes")
     videos: Count = Field(0, description="episodes of each evaluation that are filmed")
 
 
@@ -64,7 +64,7 @@ Trackers = Annotated[
 
 class Checkpoint(Section):
     every: Count = Field(10, description="iterations between checkpoints; 0: only at the end")
-    keep_last: Positive = Field(2, description="checkpoints that are kept")
+    keep_last: PositiveInt = Field(2, description="checkpoints that are kept")
 
 
 # ---- the language world
@@ -80,7 +80,7 @@ class LanguageConfig(Section):
 
     seed: Seed = Field(0, description="of every random stream of the run")
     output: Name | None = Field(None, description="run folder; null: runs/NAME for NAME.yaml")
-    iterations: Positive = Field(description="rounds of rollout and update")
+    iterations: PositiveInt = Field(description="rounds of rollout and update")
     model: Model
     prompts: Annotated[PromptFile | ReasoningGym, Field(discriminator="kind"), default_kind("file")]
     rollout: Rollout = Field(default_factory=Rollout)
@@ -119,22 +119,22 @@ class LanguageConfig(Section):
 
 class Environment(Section):
     id: Name = Field(description="gymnasium's name, such as CartPole-v1")
-    count: Positive = Field(8, description="environments stepped side by side")
+    count: PositiveInt = Field(8, description="environments stepped side by side")
     arguments: dict[Name, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
-    processes: Positive = Field(1, description="that step them; 2 where a step is work and a core is free")
+    processes: PositiveInt = Field(1, description="that step them; 2 where a step is work and a core is free")
     backend: Literal["gymnasium", "envpool"] = Field(
         "gymnasium", description="what steps the training environments; envpool: in one process, and not every task"
     )
 
 
 class Policy(Section):
-    hidden: list[Positive] = Field([64, 64], description="widths of the hidden layers")
+    hidden: list[PositiveInt] = Field([64, 64], description="widths of the hidden layers")
     activation: Literal["tanh", "relu"] = Field("tanh", description="between the layers, the mlp critic's too")
     log_std: float = Field(0.0, description="log standard deviation at the start (continuous actions)")
 
 
 class ControlRollout(Section):
-    steps: Positive = Field(256, description="steps an iteration of each environment")
+    steps: PositiveInt = Field(256, description="steps an iteration of each environment")
 
 
 class Normalise(Section):
@@ -147,7 +147,7 @@ class ControlConfig(Section):
 
     seed: Seed = Field(0, description="of every random stream of the run")
     output: Name | None = Field(None, description="run folder; null: runs/NAME for NAME.yaml")
-    total_steps: Positive = Field(description="environment steps in all; with envpool a reset counts as one")
+    total_steps: PositiveInt = Field(description="environment steps in all; with envpool a reset counts as one")
     environment: Environment
     policy: Policy = Field(default_factory=Policy)
     rollout: ControlRollout = Field(default_factory=ControlRollout)

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Targets
+from lm_trust.training.config_learning import Count, Name, PositiveFloat, PositiveInt, Section, Targets
 
 
 class Lora(Section):
-    r: Positive = Field(8, description="rank of the adapter")
-    alpha: Positive = Field(16, description="the adapter is scaled by alpha / r")
+    r: PositiveInt = Field(8, description="rank of the adapter")
+    alpha: PositiveInt = Field(16, description="the adapter is scaled by alpha / r")
     targets: Targets | None = Field(
         None, description="modules to adapt, or all-linear: all but the output head; null: chosen by architecture"
     )
@@ -49,8 +49,8 @@ class PromptFile(Section):
     chat: bool = Field(False, description="a text becomes a user's message in the model's chat template")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row ends the run, or is left out")
-    truncate: Positive | None = Field(None, description="only a text's first tokens are the prompt; null: all of it")
-    max_tokens: Positive | None = Field(None, description="longest prompt allowed; null: what the model takes")
+    truncate: PositiveInt | None = Field(None, description="only a text's first tokens are the prompt; null: all of it")
+    max_tokens: PositiveInt | None = Field(None, description="longest prompt allowed; null: what the model takes")
 
 
 class ReasoningGym(Section):
@@ -59,11 +59,11 @@ class ReasoningGym(Section):
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     task: Name = Field(description="the name of its dataset, such as chain_sum")
     arguments: dict[Name, Any] = Field(default_factory=dict, description="settings of that dataset")
-    count: Positive = Field(2000, description="training problems")
-    heldout_count: Positive = Field(256, description="held-out problems, none of them among the training ones")
+    count: PositiveInt = Field(2000, description="training problems")
+    heldout_count: PositiveInt = Field(256, description="held-out problems, none of them among the training ones")
     template: str = Field("{question}", description="the prompt; {question} stands for the problem")
     chat: bool = Field(True, description="the prompt becomes a user's message in the model's chat template")
-    max_tokens: Positive | None = Field(None, description="longest prompt allowed; null: what the model takes")
+    max_tokens: PositiveInt | None = Field(None, description="longest prompt allowed; null: what the model takes")
 
 
 class Mismatch(Section):
@@ -71,21 +71,21 @@ class Mismatch(Section):
 
     correct: bool = Field(True, description="weigh each token by its ratio policy / engine, up to the cap")
     cap: float = Field(2.0, ge=1, description="largest weight of a token")
-    limit: Rate | None = Field(
+    limit: PositiveFloat | None = Field(
         None, description="an estimated KL(engine || policy) beyond it ends the run, nats a token; null: never"
     )
 
 
 class Rollout(Section):
-    batch_size: Positive = Field(64, description="completions an iteration")
-    samples_per_prompt: Positive = Field(1, description="completions of one prompt, within batch_size")
-    max_new_tokens: Positive = Field(20, description="length limit of a completion")
-    temperature: Rate = Field(1.0, description="divides the logits, in sampling and scoring alike")
+    batch_size: PositiveInt = Field(64, description="completions an iteration")
+    samples_per_prompt: PositiveInt = Field(1, description="completions of one prompt, within batch_size")
+    max_new_tokens: PositiveInt = Field(20, description="length limit of a completion")
+    temperature: PositiveFloat = Field(1.0, description="divides the logits, in sampling and scoring alike")
     at_limit: Literal["terminate", "bootstrap", "penalise"] = Field(
         "terminate", description="what a completion cut at the limit means"
     )
     limit_penalty: float = Field(0.0, ge=0, description="taken off its reward, with at_limit penalise")
-    microbatch_size: Positive = Field(
+    microbatch_size: PositiveInt = Field(
         32, description="completions in one pass; changes memory, and results by rounding alone"
     )
     engine: Literal["generate", "continuous_batching"] = Field(
@@ -97,14 +97,14 @@ class Rollout(Section):
 class AdaptivePenalty(Section):
     """Steer the penalty to a reference KL (Ziegler et al. 2019); reference.penalty is where it starts."""
 
-    target: Rate = Field(description="the reference KL to hold, nats a sequence")
-    horizon: Positive = Field(description="completions over which a KL 10 % off changes the penalty by 10 %")
+    target: PositiveFloat = Field(description="the reference KL to hold, nats a sequence")
+    horizon: PositiveInt = Field(description="completions over which a KL 10 % off changes the penalty by 10 %")
 
 
 class Reference(Section):
     penalty: float = Field(0.0, ge=0, description="of log(policy / reference), taken off each sampled token's reward")
     loss: float = Field(0.0, ge=0, description="of the exact KL to the reference, taken off the objective")
-    budget: Rate | None = Field(None, description="hard bound on the exact KL, nats a sequence; null: none")
+    budget: PositiveFloat | None = Field(None, description="hard bound on the exact KL, nats a sequence; null: none")
     adaptive: AdaptivePenalty | None = Field(None, description="null: the penalty stays as it is")
 
 
@@ -117,8 +117,10 @@ class Stop(Section):
     """End the training early; null: never for that reason."""
 
     reward: float | None = Field(None, description="once an iteration's mean reward is at least this")
-    reference_kl: Rate | None = Field(None, description="once the reference KL is beyond this, nats a sequence")
-    entropy: Rate | None = Field(None, description="once the entropy is below this, nats a token")
-    rejections: Positive | None = Field(
+    reference_kl: PositiveFloat | None = Field(
+        None, description="once the reference KL is beyond this, nats a sequence"
+    )
+    entropy: PositiveFloat | None = Field(None, description="once the entropy is below this, nats a token")
+    rejections: PositiveInt | None = Field(
         3, description="after so many rejected updates in a row, those with nothing to learn aside"
     )

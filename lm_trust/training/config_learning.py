@@ -24,10 +24,10 @@ def _listed(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Positive = Annotated[Whole, Field(gt=0, le=10**12)]  # beyond it a count is a slip, and would overflow
+PositiveInt = Annotated[Whole, Field(gt=0, le=10**12)]  # beyond it a count is a slip, and would overflow
 Count = Annotated[Whole, Field(ge=0, le=10**12)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
 Targets = Annotated[list[Name], Field(min_length=1), BeforeValidator(_listed)]
 Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]
@@ -112,11 +112,11 @@ class Mlp(Section):
     """A network of its own on the observations."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: list[Positive] = Field([64, 64], description="widths of the hidden layers")
-    learning_rate: Rate = Field(1e-3, description="Adam's step size")
-    epochs: Positive = Field(10, description="passes over an iteration's experience")
-    minibatches: Positive = MINIBATCHES
-    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
+    hidden: list[PositiveInt] = Field([64, 64], description="widths of the hidden layers")
+    learning_rate: PositiveFloat = Field(1e-3, description="Adam's step size")
+    epochs: PositiveInt = Field(10, description="passes over an iteration's experience")
+    minibatches: PositiveInt = MINIBATCHES
+    clip: PositiveFloat | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     own_process: bool = Field(
         False, description="fit it on another core while the policy is updated, where the run is one process"
@@ -127,11 +127,11 @@ class ReferenceHead(Section):
     """A value head on the frozen reference model's hidden states: it cannot move the policy."""
 
     kind: Literal["reference_head"] = "reference_head"
-    hidden: list[Positive] = Field([256], description="widths of the head's hidden layers")
-    learning_rate: Rate = Field(1e-3, description="AdamW's step size")
-    epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = MINIBATCHES
-    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
+    hidden: list[PositiveInt] = Field([256], description="widths of the head's hidden layers")
+    learning_rate: PositiveFloat = Field(1e-3, description="AdamW's step size")
+    epochs: PositiveInt = Field(4, description="passes over an iteration's experience")
+    minibatches: PositiveInt = MINIBATCHES
+    clip: PositiveFloat | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
 
@@ -140,15 +140,15 @@ class AdapterHead(Section):
     """A value head on the base model with a second LoRA adapter, trained with it; the policy's own stays as it is."""
 
     kind: Literal["adapter"] = "adapter"
-    r: Positive = Field(8, description="rank of the critic's adapter")
-    alpha: Positive = Field(16, description="the adapter is scaled by alpha / r")
+    r: PositiveInt = Field(8, description="rank of the critic's adapter")
+    alpha: PositiveInt = Field(16, description="the adapter is scaled by alpha / r")
     targets: Targets | None = Field(
         None, description="modules to adapt, or all-linear: all but the output head; null: chosen by architecture"
     )
-    learning_rate: Rate = Field(3e-4, description="AdamW's step size")
-    epochs: Positive = Field(2, description="passes over an iteration's experience")
-    minibatches: Positive = MINIBATCHES
-    clip: Rate | None = Field(None, description="how far a value may move before its loss is clipped")
+    learning_rate: PositiveFloat = Field(3e-4, description="AdamW's step size")
+    epochs: PositiveInt = Field(2, description="passes over an iteration's experience")
+    minibatches: PositiveInt = MINIBATCHES
+    clip: PositiveFloat | None = Field(None, description="how far a value may move before its loss is clipped")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
 
@@ -170,10 +170,10 @@ class Trpo(Section):
     """Natural gradient step on the bound of the step KL, with a line search on the exact KL."""
 
     kind: Literal["trpo"] = "trpo"
-    max_kl: float = Field(0.01, gt=0, description="bound on the mean step KL, nats a token or step")
+    max_kl: PositiveFloat = Field(0.01, description="bound on the mean step KL, nats a token or step")
     anneal: bool = Field(False, description="let the bound fall to 0 over the run")
     damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
-    cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
+    cg_iterations: PositiveInt = Field(10, description="most conjugate gradient iterations")
     preconditioner: Literal["gradient"] | None = Field(
         None, description="gradient: made from the gradient, for fewer iterations; null: none"
     )
@@ -193,12 +193,12 @@ class AdamUpdate(Section):
     """What the rules of several epochs of Adam share."""
 
     kind: str
-    epochs: Positive = Field(4, description="passes over an iteration's experience")
-    minibatches: Positive = MINIBATCHES
-    learning_rate: Rate = Field(3e-4, description="Adam's step size")
+    epochs: PositiveInt = Field(4, description="passes over an iteration's experience")
+    minibatches: PositiveInt = MINIBATCHES
+    learning_rate: PositiveFloat = Field(3e-4, description="Adam's step size")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+    max_grad_norm: PositiveFloat | None = Field(0.5, description="gradients are clipped to this norm; null: never")
 
 
 class PpoClip(AdamUpdate):
@@ -206,9 +206,9 @@ class PpoClip(AdamUpdate):
 
     kind: Literal["ppo_clip"] = "ppo_clip"
     clip: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip ...")
-    clip_high: Rate | None = Field(None, description="... and at 1 + clip_high; null: as clip")
+    clip_high: PositiveFloat | None = Field(None, description="... and at 1 + clip_high; null: as clip")
     anneal_entropy: bool = Field(False, description="let the entropy bonus fall to 0 over the run")
-    target_kl: Rate | None = Field(
+    target_kl: PositiveFloat | None = Field(
         None,
         description="step KL: the epochs end where a minibatch's k3 estimate is over 1.5 times it; null: never",
     )
@@ -218,25 +218,25 @@ class PpoPenalty(AdamUpdate):
     """The surrogate less an adaptive multiple of the step KL, several epochs of Adam a batch (PPO)."""
 
     kind: Literal["ppo_penalty"] = "ppo_penalty"
-    target_kl: Rate = Field(0.01, description="step KL that the multiple is steered to, nats a token or step")
-    beta: Rate = Field(1.0, description="the multiple at first")
+    target_kl: PositiveFloat = Field(0.01, description="step KL that the multiple is steered to, nats a token or step")
+    beta: PositiveFloat = Field(1.0, description="the multiple at first")
 
 
 class PpoTrust(PpoClip):
     """PPO's epochs with the clipped surrogate, then the whole move scaled back into a bound on the step KL."""
 
     kind: Literal["ppo_trust"] = "ppo_trust"
-    max_kl: Rate = Field(0.015, description="bound on the mean step KL, nats a token or step")
+    max_kl: PositiveFloat = Field(0.015, description="bound on the mean step KL, nats a token or step")
 
 
 class NaturalGradient(Section):
     """Natural gradient step of a fixed size, without bound and line search."""
 
     kind: Literal["natural_gradient"] = "natural_gradient"
-    step_size: Rate = Field(0.1, description="multiple of the natural gradient")
+    step_size: PositiveFloat = Field(0.1, description="multiple of the natural gradient")
     anneal: bool = Field(False, description="let the step size fall to 0 over the run")
     damping: float = Field(0.1, ge=0, description="multiple of the identity added to the Fisher matrix")
-    cg_iterations: Positive = Field(10, description="most conjugate gradient iterations")
+    cg_iterations: PositiveInt = Field(10, description="most conjugate gradient iterations")
     fisher_fraction: float = Field(1.0, gt=0, le=1, description="share of the rows the Fisher is taken on")
     fisher_method: Literal["auto", "gauss_newton", "kl_hessian", "finite_difference"] = Field(
         "auto", description="how its products are computed"
@@ -247,26 +247,28 @@ class Reinforce(Section):
     """One step of Adam along the policy gradient."""
 
     kind: Literal["reinforce"] = "reinforce"
-    learning_rate: Rate = Field(3e-3, description="Adam's step size")
+    learning_rate: PositiveFloat = Field(3e-3, description="Adam's step size")
     anneal: bool = Field(False, description="let the learning rate fall to 0 over the run")
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    max_grad_norm: Rate | None = Field(0.5, description="gradients are clipped to this norm; null: never")
+    max_grad_norm: PositiveFloat | None = Field(0.5, description="gradients are clipped to this norm; null: never")
 
 
 class TrpoPenalty(AdamUpdate):
     """The surrogate less a multiple of the largest step KL: TRPO's lower bound on the return, by epochs of Adam."""
 
     kind: Literal["trpo_penalty"] = "trpo_penalty"
-    coefficient: Rate | None = Field(1.0, description="the multiple; null: that of the theory, from advantage.gamma")
+    coefficient: PositiveFloat | None = Field(
+        1.0, description="the multiple; null: that of the theory, from advantage.gamma"
+    )
 
 
 class Projection(AdamUpdate):
     """The surrogate of the policy projected into a trust region at each step, by epochs of Adam (TROLL)."""
 
     kind: Literal["projection"] = "projection"
-    token_kl: Rate = Field(0.05, description="how far a projected distribution may be from the old one, nats")
+    token_kl: PositiveFloat = Field(0.05, description="how far a projected distribution may be from the old one, nats")
     pull: float = Field(1.0, ge=0, description="weight of the KL from the policy to its projection")
-    top_k: Positive | None = Field(None, description="actions that are told apart; null: all")
+    top_k: PositiveInt | None = Field(None, description="actions that are told apart; null: all")
 
 
 class DivergenceMask(AdamUpdate):
@@ -274,8 +276,10 @@ class DivergenceMask(AdamUpdate):
 
     kind: Literal["divergence_mask"] = "divergence_mask"
     divergence: Literal["kl", "tv"] = Field("kl", description="KL, or total variation (discrete actions)")
-    threshold: Rate = Field(0.05, description="beyond it a step that would go on is left out; tv: 0.15 is usual")
-    top_k: Positive | None = Field(None, description="actions that are told apart; null: all; 1: taken or not")
+    threshold: PositiveFloat = Field(
+        0.05, description="beyond it a step that would go on is left out; tv: 0.15 is usual"
+    )
+    top_k: PositiveInt | None = Field(None, description="actions that are told apart; null: all; 1: taken or not")
 
 
 Update = Annotated[

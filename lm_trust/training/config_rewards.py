@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lm_trust.lm.reward_functions import BUILT_IN
-from lm_trust.training.config_learning import Name, Positive, Rate, Section, default_kind
+from lm_trust.training.config_learning import Name, PositiveFloat, PositiveInt, Section, default_kind
 
 _REWARD_PATH = re.compile(r"(?=.*[.:])NAME(\.NAME)*(:NAME(\.NAME)*)?".replace("NAME", r"[^\W\d]\w*"))
 
@@ -33,10 +33,10 @@ class FunctionReward(Section):
     dense: bool = Field(False, description="pay each token its change of the score so far")
     level: Literal["sequence", "token", "step"] = Field("sequence", description="what the function scores")
     step_delimiter: Name = Field("\n", description="ends a step of a completion, with level step")
-    timeout: Rate | None = Field(None, description="seconds that one call may take; null: no limit")
-    parallel: Positive = Field(1, description="calls at once, each of one sample; 1: one call for all samples")
+    timeout: PositiveFloat | None = Field(None, description="seconds that one call may take; null: no limit")
+    parallel: PositiveInt = Field(1, description="calls at once, each of one sample; 1: one call for all samples")
     process: bool = Field(False, description="call it in a process of its own, which may crash, hang or be ended")
-    memory: Positive | None = Field(None, description="MiB that process may take beside its imports; null: no limit")
+    memory: PositiveInt | None = Field(None, description="MiB that process may take beside its imports; null: no limit")
 
 
 class ClassifierReward(Section):
@@ -53,7 +53,7 @@ class ClassifierReward(Section):
         "text",
         description="prompt and completion, the completion alone, or both as a chat (of itself if trained so here)",
     )
-    batch_size: Positive = Field(32, description="texts in one pass; changes memory, and results by rounding alone")
+    batch_size: PositiveInt = Field(32, description="texts in one pass; changes memory, and results by rounding alone")
     weight: float = Field(1.0, description="factor in the sum of the rewards")
     dense: bool = Field(False, description="pay each token its change of the score so far")
 
@@ -65,9 +65,9 @@ class HumanRating(Section):
     name: Name | None = Field(None, description="what metrics call it; null: human_rating")
     ratings: Name | None = Field(None, description="JSONL or CSV file of text and rating; null: movie snippets")
     embedder: Name | None = Field(None, description="embedding model's folder or hub id; null: MiniLM's package")
-    ridge: Rate = Field(1.0, description="strength of the regression's penalty")
+    ridge: PositiveFloat = Field(1.0, description="strength of the regression's penalty")
     reads: Text = Field("text", description="prompt and completion, or the completion alone")
-    batch_size: Positive = Field(64, description="texts in one pass; changes memory, and results by rounding alone")
+    batch_size: PositiveInt = Field(64, description="texts in one pass; changes memory, and results by rounding alone")
     weight: float = Field(1.0, description="factor in the sum of the rewards")
     dense: bool = Field(False, description="pay each token its change of the score so far")
 
@@ -84,4 +84,4 @@ class RewardScaling(Section):
         description="running: by mean and sd so far; reference: by those of the reference's completions; "
         "whiten: by the batch's sd, keeping its mean",
     )
-    clip: Rate | None = Field(None, description="then clipped to this magnitude; null: not")
+    clip: PositiveFloat | None = Field(None, description="then clipped to this magnitude; null: not")

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lm_trust.training.config_checks import ConfigError, heldout_problems
 from lm_trust.training.config_language import Lora
-from lm_trust.training.config_learning import Count, Name, Positive, Rate, Section, Seed
+from lm_trust.training.config_learning import Count, Name, PositiveFloat, PositiveInt, Section, Seed
 
 
 class StageModel(Section):
@@ -19,9 +19,7 @@ class StageModel(Section):
     autocast: Literal["bfloat16"] | None = Field(None, description="what the model's passes compute in; null: float32")
 
 
-class TextData(Section):
-    """Texts to learn from, one a row."""
-
+class StageData(Section):
     path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
     subset: Name | None = Field(None, description="subset (configuration) of a dataset that has several")
     split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
@@ -29,44 +27,46 @@ class TextData(Section):
     heldout_subset: Name | None = Field(None, description="subset of that dataset")
     heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row ends the run, or is left out")
+
+
+class TextData(StageData):
+    """Texts to learn from, one a row."""
+
     field: Name | None = Field(
         None, description="field of a text or of chat messages; null: messages, prompt and completion, or text"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row ends the run, or is left out")
 
 
-class PairData(Section):
+class PairData(StageData):
     """Preferences, one a row: `chosen`, `rejected` and, if they go on from one, `prompt`; texts or chat messages."""
-
-    path: Name = Field(description="JSONL, CSV or Parquet file, a dataset folder or a hub id")
-    subset: Name | None = Field(None, description="subset (configuration) of a dataset that has several")
-    split: Name | None = Field(None, description="split of a dataset; null: its only one, or train")
-    heldout: Name | None = Field(None, description="the held-out rows, likewise; null: a share of path")
-    heldout_subset: Name | None = Field(None, description="subset of that dataset")
-    heldout_split: Name | None = Field(None, description="split of that dataset; null: its only one, or test")
-    heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share held out where heldout is null")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row ends the run, or is left out")
 
 
 class StageTraining(Section):
-    epochs: Positive = Field(1, description="passes over the rows")
-    max_steps: Positive | None = Field(None, description="updates after which to stop; null: after the epochs")
-    batch_size: Positive = Field(16, description="rows an update")
-    microbatch_size: Positive | None = Field(
+    epochs: PositiveInt = Field(1, description="passes over the rows")
+    max_steps: PositiveInt | None = Field(None, description="updates after which to stop; null: after the epochs")
+    batch_size: PositiveInt = Field(16, description="rows an update")
+    microbatch_size: PositiveInt | None = Field(
         None, description="rows in one pass, which changes memory, and results by rounding alone; null: batch_size"
     )
-    learning_rate: Rate = Field(2e-4, description="AdamW's step size; without model.lora a tenth of it is usual")
+    learning_rate: PositiveFloat = Field(
+        2e-4, description="AdamW's step size; without model.lora a tenth of it is usual"
+    )
     scheduler: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="its course after warm-up, to 0 or constant"
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the updates in which it rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    max_grad_norm: Rate = Field(1.0, description="gradients are clipped to this norm")
-    max_length: Positive = Field(512, ge=2, description="tokens of a row; longer texts are cut, longer pairs left out")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
+    max_length: PositiveInt = Field(
+        512, ge=2, description="tokens of a row; longer texts are cut, longer pairs left out"
+    )
 
 
 class RewardTraining(StageTraining):
-    learning_rate: Rate = Field(1e-4, description="AdamW's step size; without model.lora a tenth of it is usual")
+    learning_rate: PositiveFloat = Field(
+        1e-4, description="AdamW's step size; without model.lora a tenth of it is usual"
+    )
     centre_rewards_coefficient: float = Field(
         0.0, ge=0, description="pulls a pair's rewards to mean 0; 0.01 is usual (Eisenstein et al. 2023)"
     )
@@ -74,7 +74,7 @@ class RewardTraining(StageTraining):
 
 class StageEvaluation(Section):
     every: Count = Field(0, description="updates between held-out evaluations; 0: before and at the end only")
-    count: Positive = Field(256, description="most held-out rows; of a held-out file its first")
+    count: PositiveInt = Field(256, description="most held-out rows; of a held-out file its first")
 
 
 class SftConfig(Section):
