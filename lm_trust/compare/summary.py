@@ -8,10 +8,10 @@ from math import comb
 
 import numpy as np
 
-from lm_trust.compare.fresh_samples import clustered_mean
 from lm_trust.compare.frontier import Curve, limit_at, limit_of_other_prompts, reward_at
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import nats_text, number_text
+from lm_trust.intervals import clustered_mean
 from lm_trust.training.run_folder import Record
 
 Interval = tuple[float, float] | None
@@ -203,6 +203,7 @@ def _paired(one: Mapping[int, float | None], other: Mapping[int, float | None], 
 
 def _bounds(report: Record) -> list[str]:
     sentences = []
+    step = "token" if report["world"] == "language" else "step"
     for rule in report["rules"]:
         cells = [
             cell
@@ -219,7 +220,7 @@ def _bounds(report: Record) -> list[str]:
         else:
             low, high = (f(cell[key] for cell in cells) for f, key in ((min, "step_kl"), (max, "step_kl_mean_max")))
             sentences.append(
-                f"{rule['name']} has no bound on the step KL: over its runs it was {low:.2g} nats a step on average "
+                f"{rule['name']} has no bound on the step KL: over its runs it was {low:.2g} nats a {step} on average "
                 f"or more, and up to {high:.2g} in one update."
             )
     return sentences

@@ -26,8 +26,8 @@ class StepReport:
         cg_residual: |g - (F + damping I) x| / |g|.
         cg_stopped: why conjugate gradient stopped (see `conjugate_gradient`); "" where a rule has none.
         gradient_norm: |g| of the surrogate objective.
-        metrics: a rule's own numbers and words for the log; with a reference, "reference_kl_after" in nats per row,
-            and with a budget for it "constraint" (see `TwoConstraintStep.case`).
+        metrics: a rule's own numbers and words for the log; where the objective or a budget looks at the reference KL,
+            "reference_kl_after" in nats per row, and with a budget "constraint" (see `TwoConstraintStep.case`).
     """
 
     accepted: bool

@@ -54,7 +54,7 @@ def clipped_surrogate_slope(
 ) -> tuple[Tensor, Tensor]:
     """The derivative of `clipped_surrogate` by new_log_prob: r A, and 0 where the clip holds.
 
-    Arguments and errors as there.
+    Arguments and errors as there, but for `advantages`, which are (B, T).
 
     Returns:
         (B, T) the derivative, and (B, T) bool, whether the ratio is outside of the band.

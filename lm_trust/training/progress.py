@@ -32,6 +32,7 @@ REASONS = {
     "non_finite": "NaN or infinite",
     "negative_curvature": "negative curvature",
     "kl_exceeded": "KL over its bound",
+    "budget_exceeded": "KL over its budget",
     "no_improvement": "nothing gained",
 }
 ROWS = 8  # iterations in the live table

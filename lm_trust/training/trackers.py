@@ -183,9 +183,9 @@ def _add_hyperparameters(writer: Any, hyperparameters: Mapping[str, object]) -> 
 def _group(key: str) -> str:
     if key in _TIME or key.endswith("_seconds"):
         return "time"
-    if key in _CRITIC or key.startswith(("critic_", "value_")):
+    if key in _CRITIC:
         return "critic"
-    return "rollout" if key.startswith(_ROLLOUT) else "update"
+    return "rollout" if key.startswith(_ROLLOUT) and key != "reference_kl_after" else "update"
 
 
 def _is_number(value: Any) -> bool:

@@ -63,7 +63,7 @@ def generate(
     as a user's only message where its rows were chats.
 
     Raises:
-        UserError: the folder is not that of a language run, or the prompt does not fit the model.
+        UserError: the prompt is no text, or does not fit the model.
     """
     from lm_trust.core.seeding import make_generator
     from lm_trust.lm.encoding import encode
@@ -74,10 +74,6 @@ def generate(
 
     # Only the model is needed: the prompts and the reward may have moved since.
     config = load_config(run / "config.yaml", check_files=False, saved=True)
-    if not isinstance(config, LanguageConfig):
-        raise UserError(f"{run}: this is a control run; `generate` is for language runs")
-    if not prompt:
-        raise UserError("prompt: it is empty; give at least one character")
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of a command line that are no text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,10 +58,8 @@ class AdamRule:
             seed=seed,
         )
 
-    def step(
-        self, policy: nn.Module, batch: Batch, *, max_kl: float = math.inf, needs_gain: bool = False, price: float = 0.0
-    ) -> StepReport:
-        """Move the policy in place; `max_kl`, `needs_gain` and `price` as for `MinibatchAdam.step`."""
+    def step(self, policy: nn.Module, batch: Batch, *, needs_gain: bool = False, price: float = 0.0) -> StepReport:
+        """Move the policy in place; `needs_gain` and `price` as for `MinibatchAdam.step`."""
         seen: list[list[float]] = []
 
         def differentiate(minibatch: Batch, rows: int) -> bool:
@@ -82,7 +79,6 @@ class AdamRule:
             batch,
             differentiate,
             reference=self._reference,
-            max_kl=max_kl,
             needs_gain=needs_gain,
             price=price,
             microbatch_size=self._microbatch_size,

@@ -11,6 +11,7 @@ from lm_trust.training.checkpoint import load_checkpoint
 from lm_trust.training.config import ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import keys_of
 from lm_trust.training.config_language import Stop
+from lm_trust.training.progress import REASONS
 from lm_trust.training.stopping import ADVICE, CONTROL_ADVICE, Stopping
 
 FINE = {"reward_mean": 0.5, "reference_kl": 2.0, "entropy": 1.5, "accepted": True, "reason": "accepted"}
@@ -83,6 +84,7 @@ def test_the_advice_names_keys_that_there_are():
     keys = {".".join(key) for root in (LanguageConfig, ControlConfig) for key in keys_of(root)}
     named = {word.strip(",") for advice in (*ADVICE.values(), CONTROL_ADVICE) for word in advice.split() if "." in word}
     assert named <= keys and len(named) > 5
+    assert ADVICE.keys() <= REASONS.keys()
 
 
 def test_a_control_run_ends_only_where_nothing_is_finite_any_more():

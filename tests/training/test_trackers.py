@@ -70,12 +70,13 @@ def test_numbers_are_grouped_and_the_rest_left_out():
     metrics = {
         **{"iteration": 3, "steps": 300, "reward_mean": 1.5, "reward/vader": 0.5, "entropy": 2, "reference_kl": 0.1},
         **{"step_kl": 0.01, "accepted": True, "reason": "accepted", "clip_fraction": None, "cg_residual": float("nan")},
+        **{"reference_kl_after": 0.2},
         **{"value_loss": 4.0, "rollout_seconds": 0.5, "steps_per_second": 9.0, "episode_length": float("inf")},
     }
     assert iteration_values(metrics) == {
         **{"time/iteration": 3, "time/steps": 300, "time/rollout_seconds": 0.5, "time/steps_per_second": 9},
         **{"rollout/reward_mean": 1.5, "rollout/reward/vader": 0.5, "rollout/entropy": 2, "rollout/reference_kl": 0.1},
-        **{"update/step_kl": 0.01, "update/accepted": 1, "critic/value_loss": 4},
+        **{"update/step_kl": 0.01, "update/accepted": 1, "update/reference_kl_after": 0.2, "critic/value_loss": 4},
     }
     record = {"iteration": 3, "steps": 300, "reward_mean": 5.0, "reward_interval": [4.0, 6.0], "samples": [{}]}
     assert evaluation_values(record) == {
