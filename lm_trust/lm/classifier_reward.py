@@ -9,9 +9,9 @@ end, where the completion is.
 A reward model (one label) on a decoder takes its score at the last token, and RewardTrainer ends each text that it
 learns from with the end of sequence. So it does here: a text is scored as if it ended where it ends.
 
-One that was trained on chats reads a chat, as its own template writes it: the prompt as a user's message and the
-completion as the assistant's answer. A prompt that is a chat itself is its last user message, as for every reward. That
-it was trained on chats lm-trust reward-model notes in the tokenizer's configuration; of others `reads: chat` says it.
+One that was trained on chats reads a chat, as its own template writes it: the prompt's messages, a plain text as one of
+a user, and the completion as the assistant's answer. That it was trained on chats lm-trust reward-model notes in the
+tokenizer's configuration; of others `reads: chat` says it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification
 from lm_trust.errors import UserError, first_line
 from lm_trust.lm.loading import check_holds_adapter
 from lm_trust.lm.pretrained import quiet
-from lm_trust.lm.prompts import user_chat
+from lm_trust.lm.prompts import Chat, user_chat
 from lm_trust.lm.smollm2 import FOLDER, SMOLLM2
 from lm_trust.lm.text_models import TextModel, load_model, with_tokenizer
 
@@ -37,7 +37,7 @@ TRAINED_ON_CHATS = "trained_on_chats"  # in the tokenizer's configuration, which
 
 
 class Classifier:
-    """A reward function: (prompts, completions), B texts each, to B floats.
+    """A reward function: (prompts, completions, chats), B texts each and B chats or Nones, to B floats.
 
     Args:
         text_model: with a sequence classifier of L labels.
@@ -61,21 +61,25 @@ class Classifier:
         self._batch_size = batch_size
         self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def __call__(
+        self, prompts: list[str], completions: list[str], chats: list[Chat | None] | None = None
+    ) -> list[float]:
         if not completions:
             return []
-        texts = self._texts(prompts, completions)
+        texts = self._texts(prompts, completions, chats or [None] * len(prompts))
         logits = self.text_model.run(texts, self._batch_size, lambda output, _: output.logits)
         return self._score(logits.double()).tolist()
 
-    def _texts(self, prompts: list[str], completions: list[str]) -> list[str]:
+    def _texts(self, prompts: list[str], completions: list[str], chats: list[Chat | None]) -> list[str]:
         if self._reads == "completion":
             return completions
-        pairs = list(zip(prompts, completions, strict=True))
         if self._reads == "text":
-            return [prompt + completion for prompt, completion in pairs]
-        chats = [[*user_chat(prompt), {"role": "assistant", "content": completion}] for prompt, completion in pairs]
-        return self.text_model.tokenizer.apply_chat_template(chats, tokenize=False)
+            return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        answered = [
+            [*(chat or user_chat(prompt)), {"role": "assistant", "content": completion}]
+            for prompt, completion, chat in zip(prompts, completions, chats, strict=True)
+        ]
+        return self.text_model.tokenizer.apply_chat_template(answered, tokenize=False)
 
     def _score(self, logits: Tensor) -> Tensor:
         """(B, L) logits to (B,) scores."""

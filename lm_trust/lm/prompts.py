@@ -5,7 +5,7 @@ rewards receive. Whatever is wrong with the data is a UserError that names the f
 training starts; with `BadRows("skip")` such rows are left out and counted instead.
 
 A chat is a list of messages, dictionaries of `role` and `content`, for the model's chat template. Rewards are
-functions of texts: what they receive as the prompt of a chat is its last user message.
+functions of texts: what they receive as the prompt of a chat is its last user message, and the messages besides.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Prompts:
     def chat(self, index: int) -> Chat | None:
         """Prompt `index` as messages; None where it is a plain text."""
         return None if self.chats is None else self.chats[index]
+
+    @property
+    def chat_column(self) -> list[Chat | None]:
+        """N: each prompt as messages, None where it is a plain text."""
+        return [None] * len(self) if self.chats is None else self.chats
 
     @property
     def all_chats(self) -> bool:

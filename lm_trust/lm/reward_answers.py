@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from lm_trust.errors import UserError
 from lm_trust.lm.reward_calls import CallTimeout, Outcome, run_calls
 from lm_trust.lm.reward_functions import Reward
 from lm_trust.lm.reward_process import Mishap, RewardProcess
-from lm_trust.lm.reward_words import one_line, sample_words, short
+from lm_trust.lm.reward_words import one_line, raised, sample_words, short
 
 Samples = Mapping[str, list]
 Answer = TypeVar("Answer")
@@ -96,11 +96,16 @@ class Question:
         late = isinstance(error, CallTimeout)
         # A call that takes too long on many samples says nothing of any one of them.
         index = start if stop - start == 1 else None if late else self._first_failure(samples, stop)
-        said = str(error) if isinstance(error, Mishap) else f"raised {one_line(error)}"
+        said = str(error) if isinstance(error, Mishap) else raised(error)
         where = f"a batch of {stop - start} samples" if index is None else sample_words(samples, index)
         if late:
             return RewardError(
                 f"{self.name} did not return within {self.timeout:g} s on {where}; make it faster, or raise its timeout"
+            )
+        if index is None:
+            return RewardError(
+                f"{self.name} {said} on {where}, and on no part of it when it was asked again: it was the batch, or "
+                "chance; have it try again what may fail"
             )
         return RewardError(
             f"{self.name} {said} on {where}; "
@@ -169,18 +174,19 @@ def required_columns(function: Reward) -> list[str]:
     ]
 
 
-def _given(function: Reward, samples: Samples, start: int, stop: int) -> dict[str, list]:
-    """The columns that it takes of samples start to stop, lists of its own: what it does to or in them stays there.
-
-    A function with `**fields` takes all of them.
-    """
+def columns_taken(function: Reward, columns: Iterable[str]) -> list[str]:
+    """Those of the columns that the function is called with; one with `**fields` takes all of them."""
     parameters = _parameters(function)
     named = {parameter.name for parameter in parameters} if parameters else {"prompts", "completions"}
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return [name for name in columns if everything or name in named]
+
+
+def _given(function: Reward, samples: Samples, start: int, stop: int) -> dict[str, list]:
+    """The columns that it takes of samples start to stop, lists of its own: what it does to or in them stays there."""
     return {
-        name: [copy.deepcopy(value) if isinstance(value, dict | list) else value for value in column[start:stop]]
-        for name, column in samples.items()
-        if everything or name in named
+        name: [copy.deepcopy(value) if isinstance(value, dict | list) else value for value in samples[name][start:stop]]
+        for name in columns_taken(function, samples)
     }
 
 

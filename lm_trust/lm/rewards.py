@@ -9,6 +9,8 @@ a function without `**fields` gets the columns that it names and no others. Thes
 
 - `completion_lengths`: B numbers of tokens, an end of sequence included.
 - `completion_ended`: B booleans, False where the length limit cut the completion.
+- `chats`: for each prompt its list of messages where it is a chat, of which `prompts` has the last user message, and
+  None where it is a plain text.
 - `completion_tokens`, with level token: for each completion the list of what its tokens added to the text. The
   function returns for each a list of as many numbers, and each token is paid its own.
 - `steps`, with level step: for each completion the list of its steps (`text_pieces.cut_steps`). The function
@@ -31,7 +33,8 @@ import torch
 from torch import Tensor
 
 from lm_trust.errors import UserError, did_you_mean
-from lm_trust.lm.reward_answers import Question, RewardError, required_columns
+from lm_trust.lm.prompts import Chat
+from lm_trust.lm.reward_answers import Question, RewardError, columns_taken, required_columns
 from lm_trust.lm.reward_functions import Reward, resolve_reward
 from lm_trust.lm.reward_process import RewardProcess
 from lm_trust.lm.reward_words import sample_words, short
@@ -40,7 +43,7 @@ from lm_trust.lm.text_pieces import cut_steps
 # When a reward pays: at the end of the text, for each token's change of the score so far, or for each token or step.
 Pays = Literal["end", "change", "token", "step"]
 
-_COLUMNS = ("prompts", "completions", "completion_lengths", "completion_ended")
+_COLUMNS = ("prompts", "completions", "completion_lengths", "completion_ended", "chats")
 _LEVEL_COLUMNS = {"sequence": (), "token": ("completion_tokens",), "step": ("steps",)}
 
 
@@ -91,8 +94,9 @@ class DeferredReward:
             self._reward = self._make()
         return self._reward
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> Sequence[float]:
-        return self.load()(prompts, completions)
+    def __call__(self, **columns: list) -> Sequence[float]:
+        reward = self.load()
+        return reward(**{name: columns[name] for name in columns_taken(reward, columns)})
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class WeightedRewards:
         *,
         lengths: list[int] | None = None,
         ended: list[bool] | None = None,
+        chats: list[Chat | None] | None = None,
         tokens: list[list[str]] | None = None,
         pays: Collection[Pays] = get_args(Pays),
     ) -> RewardScores:
@@ -196,8 +201,8 @@ class WeightedRewards:
         Args:
             prompts, completions: B texts each.
             fields: the prompts' other columns, B values each.
-            lengths, ended, tokens: the columns `completion_lengths`, `completion_ended` and `completion_tokens`, needed
-                where a reward takes them.
+            lengths, ended, chats, tokens: the columns `completion_lengths`, `completion_ended`, `chats` and
+                `completion_tokens`, needed where a reward takes them.
             pays: ask only the parts that pay in one of these ways, for texts that are not finished.
 
         Raises:
@@ -206,7 +211,7 @@ class WeightedRewards:
         """
         self.check_columns(fields or ())
         samples: dict[str, list] = {**(fields or {}), "prompts": prompts, "completions": completions}
-        known = {"completion_lengths": lengths, "completion_ended": ended}
+        known = {"completion_lengths": lengths, "completion_ended": ended, "chats": chats}
         samples |= {name: column for name, column in known.items() if column is not None}
         columns = {name: len(column) for name, column in samples.items()}
         if len(set(columns.values())) != 1:

@@ -230,6 +230,7 @@ class LanguageTask:
             texts.prompts.fields,
             lengths=texts.lengths,
             ended=texts.ended,
+            chats=texts.prompts.chat_column,
             tokens=texts.tokens if self.rewards.pays_by("token") else None,
             **settings,
         )

@@ -102,6 +102,7 @@ def _changes(rewards: WeightedRewards, texts: CompletionTexts) -> Tensor:
             for count, ended in zip(counts, texts.ended, strict=True)
             for tokens in range(count)
         ],
+        chats=chosen.chat_column,
         pays=("change",),
     )
     return pad_sequence([score.diff() for score in scored.total.split(counts)], batch_first=True)

@@ -145,6 +145,14 @@ def test_both_can_be_read_as_a_chat(model_folders, tmp_path):
     tokenizer.save_pretrained(folder)
     written = [f"<eos> user it {a} and <eos> assistant it {b} and " for a, b in zip(PROMPTS, COMPLETIONS, strict=True)]
     close(load(folder, reads="chat")(PROMPTS, COMPLETIONS), logits_alone(folder, written)[:, 0])
+    # A prompt that is a chat is read with all that was said before.
+    chats = [
+        None,
+        [{"role": "system", "content": "kind"}, {"role": "user", "content": "so"}],
+        *[None] * len(PROMPTS[2:]),
+    ]
+    written[1] = f"<eos> system it kind and <eos> user it so and <eos> assistant it {COMPLETIONS[1]} and "
+    close(load(folder, reads="chat")(PROMPTS, COMPLETIONS, chats), logits_alone(folder, written)[:, 0])
 
 
 def test_one_trained_on_chats_does_not_read_completions_alone(model_folders, tmp_path):

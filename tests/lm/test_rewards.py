@@ -137,13 +137,15 @@ def test_a_function_may_take_lengths_and_ends():
 
     rewards = WeightedRewards([(named, 1.0), (all_of_them, 1.0)])
     rewards.check_columns(["answer"])
-    known = {"lengths": [1, 2, 3], "ended": [True, False, True]}
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    known = {"lengths": [1, 2, 3], "ended": [True, False, True], "chats": [None, chat, None]}
     rewards.score(PROMPTS, COMPLETIONS, {"answer": list("abc")}, **known, tokens=[["x"]] * 3)
     assert seen["named"] == ([1, 2, 3], [True, False, True])
     assert seen["all"] == {
         "answer": ["a", "b", "c"],
         "completion_lengths": [1, 2, 3],
         "completion_ended": [True, False, True],
+        "chats": [None, chat, None],
     }
     with pytest.raises(ValueError, match="unequal length"):
         rewards.score(PROMPTS, COMPLETIONS, lengths=[1, 2])
@@ -156,6 +158,7 @@ def test_a_function_may_take_lengths_and_ends():
         ("completions", {"sequence", "token", "step"}),
         ("completion_lengths", {"sequence", "token", "step"}),
         ("completion_ended", {"sequence", "token", "step"}),
+        ("chats", {"sequence", "token", "step"}),
         ("completion_tokens", {"token"}),
         ("steps", {"step"}),
     ],
@@ -277,3 +280,5 @@ def test_a_deferred_reward_is_made_once_and_not_before_it_is_wanted():
     assert rewards.score(PROMPTS, COMPLETIONS, {"answer": [1, 2, 3]}).total.tolist() == [4.5, 0.0, 3.0]
     rewards.load()
     assert made == ["made"]
+    read = WeightedRewards([RewardPart(DeferredReward(lambda: lambda chats: [len(chat) for chat in chats]))])
+    assert read.score(PROMPTS, COMPLETIONS, chats=[["a"], [], ["a", "b"]]).total.tolist() == [1.0, 0.0, 2.0]
