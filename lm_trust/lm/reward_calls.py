@@ -117,8 +117,11 @@ async def _awaited(function: Reward, given: Mapping[str, Any]) -> Outcome:
 
 
 def _checked(outcome: Outcome) -> Outcome:
-    """The outcome; a wish to end the program is no failure of the reward and is raised here."""
-    if isinstance(outcome.error, KeyboardInterrupt | SystemExit):
+    """The outcome; the user's wish to end the program is no failure of the reward and is raised here.
+
+    A SystemExit is one: it would end the run without a word, and as if all had gone well.
+    """
+    if isinstance(outcome.error, KeyboardInterrupt):
         raise outcome.error
     return outcome
 

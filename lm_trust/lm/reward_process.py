@@ -21,7 +21,7 @@ from lm_trust.child import Child, ChildDied
 from lm_trust.errors import UserError
 from lm_trust.lm.reward_calls import CallTimeout, run_calls
 from lm_trust.lm.reward_functions import resolve_reward
-from lm_trust.lm.reward_words import one_line, short
+from lm_trust.lm.reward_words import raised, short
 
 
 class Mishap(Exception):  # noqa: N818 - its message goes on from the reward's name
@@ -123,7 +123,7 @@ class _Held:
         except MemoryError:
             return "memory", None
         except BaseException as error:
-            return "mishap", str(error) if isinstance(error, Mishap) else f"raised {one_line(error)}"
+            return "mishap", str(error) if isinstance(error, Mishap) else raised(error)
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
+import sysconfig
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lm_trust.errors import in_line
+
+_OWN_CODE = (str(Path(__file__).parents[1]) + os.sep, "<frozen ")
+_LIBRARIES = (*_OWN_CODE, *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")))
 
 
 def short(value: Any) -> str:
@@ -26,6 +33,18 @@ def one_line(error: BaseException) -> str:
     except Exception:  # an error that fails to say what it is
         text = ""
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def raised(error: BaseException) -> str:
+    """What a user's function did, and where in their code: `raised KeyError: 'a' (rewards.py:31, in judge)`."""
+    frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False)
+    called = [frame for frame in frames if not frame.filename.startswith(_OWN_CODE)]
+    written = [frame for frame in called if not frame.filename.startswith(_LIBRARIES)] or called
+    if not written:  # raised by the call itself, as of a function written in C
+        return f"raised {one_line(error)}"
+    file, here = written[-1].filename, os.getcwd() + os.sep
+    place = f"{file.removeprefix(here)}:{written[-1].lineno}, in {written[-1].name}"
+    return f"raised {one_line(error)} ({place})"
 
 
 def sample_words(samples: Mapping[str, list], index: int) -> str:

@@ -169,10 +169,22 @@ def test_a_reward_that_fails_only_on_the_batch_names_no_sample():
             raise MemoryError
         return [0.0]
 
-    with pytest.raises(RewardError, match="raised MemoryError on a batch of 3 samples"):
+    with pytest.raises(RewardError, match=r"raised MemoryError \(.*\) on a batch of 3 samples, and on no part of it"):
         score(only_alone)
     with pytest.raises(RewardError, match="batch of 0 samples"):
         score(lambda completions: completions[0], [], [])
+
+
+def test_an_error_is_told_with_the_place_in_the_users_code_where_it_was_raised(tmp_path, monkeypatch):
+    (tmp_path / "judging.py").write_text(
+        "import json\n\ndef parse(text):\n    return json.loads(text)\n\n"
+        "def judge(completions):\n    return [parse(text) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .* \(judging\.py:4, in parse\) on sample 0"):
+        score("judging:judge")
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: .* \(\S*test_reward_answers\.py:\d+, in <"):
+        score(lambda completions: [1 / 0])
 
 
 def test_an_interrupt_is_no_failure_of_the_reward():

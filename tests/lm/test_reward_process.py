@@ -136,8 +136,11 @@ def test_several_calls_at_once_have_a_process_each():
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("raise", "raised OddError: no luck on sample 1: prompt 'p1', completion 'raise'"),
-        ("exit", r"ended its process \(exit code 4\) on sample 1"),
+        (
+            "raise",
+            r"raised OddError: no luck \(own_process_rewards\.py:\d+, in odd\) on sample 1: prompt 'p1'",
+        ),
+        ("exit", r"raised SystemExit: 4 \(own_process_rewards\.py:\d+, in odd\) on sample 1"),
         ("crash", r"ended its process \(SIGSEGV\) on sample 1"),
         ("hog", "took more than its 50 MiB of memory on sample 1"),
         ("hoard", "took more than its 50 MiB of memory on sample 1"),
