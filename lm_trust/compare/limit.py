@@ -65,7 +65,8 @@ def limit_curves(rewards: np.ndarray) -> dict[str, Any]:
     Returns:
         {"tilted": points with "beta", KL rising; "best_of_n": points with "n" = 1, 2, 4, ...; "prompts": P,
         "samples": N}. A point has also "kl", "kl_low", "kl_high" (nats a sequence) and "reward", "low", "high": means
-        over prompts with 95 % bootstrap intervals over prompts, whose ends are None for a single prompt.
+        over prompts with 95 % bootstrap intervals over prompts, whose ends are None for a single prompt. That of a
+        tilted reward is the interval of the limit at the point's KL, which other prompts reach at another beta.
 
     Raises:
         ValueError: the rewards have another shape, or one is not finite.
@@ -77,7 +78,7 @@ def limit_curves(rewards: np.ndarray) -> dict[str, Any]:
     tilted = [(float(beta), softmax(rewards / beta, axis=1)) for beta in spread * BETAS]
     best = [(2**k, _best_of(2**k, rewards)) for k in range(samples.bit_length())]
     return {
-        "tilted": [{"beta": beta} | _point(weights, rewards) for beta, weights in tilted if _carried(weights)],
+        "tilted": [{"beta": beta} | _point(weights, rewards, beta) for beta, weights in tilted if _carried(weights)],
         "best_of_n": [{"n": n} | _point(weights, rewards) for n, weights in best if _carried(weights)],
         "prompts": prompts,
         "samples": samples,
@@ -101,10 +102,16 @@ def _carried(weights: np.ndarray) -> bool:
     return 1 / np.square(weights).sum(1).mean() >= least
 
 
-def _point(weights: np.ndarray, rewards: np.ndarray) -> dict[str, float | None]:
-    """A policy that gives the (P, N) samples these probabilities."""
+def _point(weights: np.ndarray, rewards: np.ndarray, price: float = 0.0) -> dict[str, float | None]:
+    """A policy that gives the (P, N) samples these probabilities.
+
+    What its reward changes by at the same KL when prompts are others: a prompt whose KL is above the mean has it at the
+    cost of others, at this price a nat. Of the tilted reference that is beta, the slope of its reward over its KL: the
+    reward at a KL of K is the minimum over beta of beta K plus a mean over prompts, so that to first order nothing is
+    changed by how beta moves.
+    """
     # A KL of zero may come out as -1e-17.
-    kl = bootstrap_mean(rel_entr(weights, 1 / weights.shape[1]).sum(1).clip(min=0))
-    reward = bootstrap_mean((weights * rewards).sum(1))
+    kls = rel_entr(weights, 1 / weights.shape[1]).sum(1).clip(min=0)
+    kl, reward = bootstrap_mean(kls), bootstrap_mean((weights * rewards).sum(1) - price * (kls - kls.mean()))
     names = ("kl", "kl_low", "kl_high", "reward", "low", "high")
     return dict(zip(names, (*kl, *reward), strict=True))

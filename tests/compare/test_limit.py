@@ -189,6 +189,19 @@ def test_the_intervals_are_over_prompts():
     assert (curves["prompts"], curves["samples"]) == (4, 64)
 
 
+def test_the_limits_interval_at_a_kl_is_of_the_limit_at_that_kl():
+    """Prompts near the reward's ceiling have more of it for less KL, so that at one beta both change together."""
+
+    def rewards(random):
+        return np.tanh(random.normal(0, 0.6, (24, 1)) + random.normal(0, 0.8, (24, 128)))
+
+    found = [limit_curves(rewards(np.random.default_rng(seed)))["tilted"] for seed in range(40)]
+    spread = np.std([along(points, 1.0) for points in found], ddof=1)
+    ends = [[np.interp(1.0, column(points, "kl"), column(points, end)) for points in found] for end in ("low", "high")]
+    half = np.subtract(*reversed(ends)).mean() / 2
+    assert half == pytest.approx(1.96 * spread, rel=0.25)
+
+
 def test_a_single_prompt_has_no_interval_and_all_goes_into_a_file():
     curves = limit_curves(toy(64))
     json.dumps(curves, allow_nan=False)
