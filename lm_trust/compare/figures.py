@@ -27,7 +27,7 @@ from lm_trust.compare.figure_parts import (
     spread,
 )
 from lm_trust.compare.frontier import limit_of_other_prompts
-from lm_trust.compare.statistics import bootstrap_mean, known
+from lm_trust.compare.statistics import FEW_SEEDS, bootstrap_mean, coverage_text, known
 from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
 from lm_trust.training.run_folder import Record
@@ -53,8 +53,9 @@ def frontier_figure(report: Record, styles: Styles) -> dict[str, Any]:
     if report.get("world") == "language":
         caption = [
             "Higher at the same place is better: more reward for the same distance from where the rules started.",
-            "Lines: the mean over seeds, at each KL of the rule's best knob value there (hover to read it); "
-            "areas: its 95 % bootstrap interval.",
+            "Lines: the mean over seeds, interpolated between a run's evaluations in the root of the KL, at each KL of "
+            "the rule's best knob value of those that all seeds reached it with (hover to read it; where another one "
+            "takes over, the line may jump); areas: its 95 % bootstrap interval.",
         ]
     else:
         caption = [
@@ -62,7 +63,11 @@ def frontier_figure(report: Record, styles: Styles) -> dict[str, Any]:
             "Lines: the mean over seeds, of which each has a straight line from one of its runs to the next, one a "
             "knob value; areas: its 95 % bootstrap interval.",
         ]
-    if len(report.get("seeds") or ()) < 2:
+    seeds = len(report.get("seeds") or ())
+    if 2 <= seeds <= FEW_SEEDS:
+        share = coverage_text(seeds)
+        caption.append(f"Over {seeds} seeds such an interval holds the true mean in about {share} of cases.")
+    if seeds < 2:
         caption[1] = "Lines: one seed, so no interval can be given, and no difference here is supported by one."
     if report.get("world") == "control":
         caption.append(
@@ -77,7 +82,7 @@ def frontier_figure(report: Record, styles: Styles) -> dict[str, Any]:
         )
         others = limit_of_other_prompts(limit)
         if others is not None:
-            caption.append(f"The rules are evaluated on {others} prompts, whose limit may lie elsewhere.")
+            caption.append(f"The limit of the rules' own prompts may lie elsewhere: {others}.")
     if matched:
         caption.append("Thin upright lines: the KLs of the table below.")
     shape = layout(

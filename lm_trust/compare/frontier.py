@@ -39,6 +39,9 @@ class Curve:
         seed: of the run or runs.
         kl: (M,) nats, in the order of training (language) or rising (control).
         reward: (M,) held-out; NaN where an evaluation failed, and such a point is left out.
+        by_root: between two points the reward is linear in the root of the KL and not in the KL. So it goes from where
+            a run starts (Gao et al. 2023, arXiv 2210.10760, of which d is that root), and a chord over the KL itself
+            would lie below it, the more the further a rule goes between two evaluations.
     """
 
     rule: str
@@ -46,10 +49,11 @@ class Curve:
     seed: int
     kl: np.ndarray
     reward: np.ndarray
+    by_root: bool = False
 
 
 def reward_at(curve: Curve, kl: float) -> float | None:
-    """The reward where the curve first is at a KL, linear between its points; None where it never is.
+    """The reward where the curve first is at a KL, interpolated between its points; None where it never is.
 
     A trajectory may go back and forth, and may come to the KL from above.
     """
@@ -58,9 +62,16 @@ def reward_at(curve: Curve, kl: float) -> float | None:
         if place == kl:
             return float(rewards[index])
         if index and (places[index - 1] < kl) != (place < kl):
-            share = (kl - places[index - 1]) / (place - places[index - 1])
-            return float((1 - share) * rewards[index - 1] + share * rewards[index])
+            before, here, after = _on_scale(curve, places[index - 1], kl, place)
+            share = (here - before) / (after - before)
+            # In this form equal rewards stay what they are: no tie between rules is broken by rounding.
+            return float(rewards[index - 1] + share * (rewards[index] - rewards[index - 1]))
     return None
+
+
+def _on_scale(curve: Curve, *kls: float) -> Sequence[float]:
+    """KLs where the reward is linear in them."""
+    return np.sqrt(kls) if curve.by_root else kls
 
 
 def _evaluated(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -77,19 +88,23 @@ def limit_at(limit: Record | None, kl: float) -> dict[str, float | None] | None:
         if one["kl"] <= kl <= two["kl"]:
             share = (kl - one["kl"]) / ((two["kl"] - one["kl"]) or 1.0)
             return {
-                key: (1 - share) * one[key] + share * two[key] if known(one[key]) and known(two[key]) else None
+                key: one[key] + share * (two[key] - one[key]) if known(one[key]) and known(two[key]) else None
                 for key in ("reward", "low", "high")
             }
     return None
 
 
-def limit_of_other_prompts(limit: Record) -> int | None:
-    """How many prompts the rules are evaluated on, where the limit is of fewer or more of them.
+def limit_of_other_prompts(limit: Record) -> str | None:
+    """Why the limit is of other prompts than those that the rules are evaluated on, in words; None where it is not.
 
     Prompts differ in their rewards by as much as rules do, so that then no rule's part of the limit can be told.
     """
+    if limit.get("of_seed") is not None:
+        return f"each seed holds out prompts of its own, and the limit is of those of seed {limit['of_seed']}"
     evaluated = limit.get("evaluated_prompts")  # earlier versions did not note it
-    return None if evaluated is None or evaluated == limit["prompts"] else evaluated
+    if evaluated is None or evaluated == limit["prompts"]:
+        return None
+    return f"the rules are evaluated on {evaluated} prompts, and the limit is of {limit['prompts']}"
 
 
 def frontier(curves: Sequence[Curve], grid: np.ndarray, *, seeds: int) -> list[dict[str, Any]]:

@@ -127,6 +127,7 @@ def cells(report: Record) -> list[dict[str, Any]]:
             number(cell.get("step_kl_max")),
             number(cell.get("bound")),
             f"{share:.1%}" if known(share) else MISSING,
+            number(cell.get("rejected")),
         ]
         rows.append({"rule": cell["rule"], "status": cell["status"], "cells": texts})
     return rows

@@ -63,13 +63,19 @@ def make_report(
         "frontier": _frontier(curves, seeds),
         "matched": matched,
         "improvement": improvement_table(curves, kls, seeds=seeds),
-        "limit": limit,
+        "limit": limit and limit | {"of_seed": _of_seed(comparison)},
         "one_update": one_update,
         "errors": dict(errors),
         "completions": side_by_side(results, _shown_values(comparison, matched), config.seeds[0]) if language else [],
     }
     report["summary"] = summarise(report, curves)
     return report, table(results)
+
+
+def _of_seed(comparison: Comparison) -> int | None:
+    """The seed whose held-out prompts the limit is of; None where all seeds have the same ones, of a set of its own."""
+    split = getattr(comparison.cells[0].config.prompts, "heldout", None) is None
+    return comparison.config.seeds[0] if split and len(comparison.config.seeds) > 1 else None
 
 
 def write_report(output: Path, report: dict[str, Any], rows: pyarrow.Table) -> None:

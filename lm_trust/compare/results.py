@@ -159,6 +159,7 @@ def _summary(cell: Cell, rows: Sequence[Record], after: Record | None, bound: fl
         "step_kl_max": max((row["step_kl_max"] for row in rows), default=None),
         "bound": bound,
         "violations": float(np.mean(broken)) if broken else None,
+        "rejected": sum(row["accepted"] is False for row in rows),
     }
 
 
@@ -194,7 +195,7 @@ def curves_of(results: Iterable[CellResult], *, language: bool) -> list[Curve]:
     """
     if language:
         return [
-            Curve(one.cell.rule, one.cell.value, one.cell.config.seed, *_arrays(one.trajectory))
+            Curve(one.cell.rule, one.cell.value, one.cell.config.seed, *_arrays(one.trajectory), by_root=True)
             for one in results
             if _has_ended(one)
         ]

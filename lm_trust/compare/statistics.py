@@ -7,7 +7,7 @@ What such an interval is worth over three seeds: less than 95 %. That of a mean 
 and for three values, because each of the extreme resamples has a share of more than 2.5 %; for a symmetric distribution
 it holds the true mean in 50 % of cases with two values and in 75 % with three. Nor is a probability of improvement of 1
 with an interval of [1, 1] a certainty: three seeds all above three others are one of the 20 orders that chance has. The
-test that knows this is `mann_whitney`.
+test that knows this is `mann_whitney`. (`bootstrap_coverage` is of more seeds, too.)
 """
 
 from __future__ import annotations
@@ -26,6 +26,25 @@ from lm_trust.intervals import Estimate
 def known(value: Any) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+FEW_SEEDS = 20  # up to them the interval is told with what it is worth
+
+
+def bootstrap_coverage(count: int) -> float:
+    """How often the 95 % percentile interval of the mean of so many normal observations, two or more, holds the mean.
+
+    With many resamples it is the mean and 1.96 of its standard errors, by the standard deviation without Bessel's
+    correction. For two it ends at the observations themselves.
+    """
+    if count == 2:
+        return 0.5
+    return float(1 - 2 * stats.t.sf(stats.norm.ppf(0.975) * math.sqrt((count - 1) / count), count - 1))
+
+
+def coverage_text(count: int) -> str:
+    """That in whole percent."""
+    return f"{100 * bootstrap_coverage(count):.0f} %"
 
 
 def bootstrap_mean(values: ArrayLike) -> Estimate:

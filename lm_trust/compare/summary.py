@@ -43,7 +43,7 @@ def _runs(report: Record) -> list[str]:
     ]
     failed = sorted({cell["rule"] for cell in cells if cell["status"] == "failed"})
     if failed:
-        sentences.append(f"Runs of {_list(failed)} failed; what they said stands in the table of runs.")
+        sentences.append(f"Runs of {_list(failed)} failed; what they said stands above the table of runs.")
     if report["same_start"]["checked"] and not report["same_start"]["equal"]:
         sentences.append("The rules did not start alike: their first batches differ, so nothing here is matched.")
     stages = {"limit": "The estimate of the limit", "one_update": "The one-update study"}
@@ -164,7 +164,7 @@ def _share_of_limit(report: Record, best: Record) -> list[str]:
     bought = f": {best['rule']} gets {share:.0%} of that gain" if 0 <= share <= 1 else ""
     others = limit_of_other_prompts(limit)
     if others is not None:
-        bought = f", on {limit['prompts']} prompts where the rules are evaluated on {others}"
+        bought = f"; no rule's part of it can be told, because {others}"
     gain = f"{number_text(top)}, from {number_text(start)} at the start"
     return [f"The most that {nats_text(best['kl'])} can buy is estimated at {gain}{bought}."]
 
@@ -213,15 +213,21 @@ def _bounds(report: Record) -> list[str]:
         if not cells:
             continue
         updates = sum(cell["iterations"] for cell in cells)
-        if rule["bounded"]:
+        rejected = sum(cell.get("rejected") or 0 for cell in cells)  # earlier versions did not note it
+        none = f", of which {rejected} were rejected and moved nothing" if rejected else ""
+        if rejected == updates:
+            sentences.append(f"{rule['name']} moved nothing: all of its {updates} updates were rejected.")
+        elif rule["bounded"]:
             broken = round(sum(cell["violations"] * cell["iterations"] for cell in cells))
             kept = "in every one" if not broken else f"in all but {broken}"
-            sentences.append(f"{rule['name']} kept its bound on the exact step KL {kept} of {updates} updates.")
+            sentences.append(f"{rule['name']} kept its bound on the exact step KL {kept} of {updates} updates{none}.")
         else:
-            low, high = (f(cell[key] for cell in cells) for f, key in ((min, "step_kl"), (max, "step_kl_mean_max")))
+            means = [cell["step_kl"] for cell in cells]
+            mean = " to ".join(dict.fromkeys(f"{end(means):.2g}" for end in (min, max)))
+            highest = max(cell["step_kl_mean_max"] for cell in cells)
             sentences.append(
-                f"{rule['name']} has no bound on the step KL: over its runs it was {low:.2g} nats a {step} on average "
-                f"or more, and up to {high:.2g} in one update."
+                f"{rule['name']} has no bound on the step KL: its runs had {mean} nats a {step} on average and up to "
+                f"{highest:.2g} in one of {updates} updates{none}."
             )
     return sentences
 
@@ -242,17 +248,19 @@ def _costs(report: Record) -> list[str]:
 def _one_update(report: Record) -> list[str]:
     study = report.get("one_update")
     rows = [row for row in study["rows"] if not row["error"]] if study else []
-    rows = [row for row in rows if known(row["batch_gain"]) and known(row["fresh_gain"])]
+    rows = [row for row in rows if row["accepted"] and known(row["batch_gain"]) and known(row["fresh_gain"])]
     words = []
     for rule in dict.fromkeys(row["rule"] for row in rows):
         of_rule = [row for row in rows if row["rule"] == rule]
         seen, fresh = (np.mean([row[key] for row in of_rule]) for key in ("batch_gain", "fresh_gain"))
-        words.append(f"{rule} {seen:.2g} and {fresh:.2g}")
+        above = sum(known(row["fresh_low"]) and row["fresh_low"] > 0 for row in of_rule)
+        words.append(f"{rule} {seen:.2g} and {fresh:.2g} ({above} of {len(of_rule)} above zero)")
     if not words:
         return []
     return [
         "The gain that one update shows on the batch that it learnt from, and on fresh samples of the same policy, on "
-        f"average over the values of its knob: {'; '.join(words)}."
+        "average over the values of its knob that moved the policy, and for how many of them the 95 % interval on "
+        f"fresh samples is above zero; of one policy and one batch: {'; '.join(words)}."
     ]
 
 

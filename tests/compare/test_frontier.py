@@ -1,6 +1,8 @@
 """Reward at a KL and along the frontier: which crossing, which knob value, and who has reached it."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +28,23 @@ def test_between_two_evaluations_it_is_linear_and_at_one_it_is_its_reward():
     assert reward_at(run, 1) == 0.5
     assert reward_at(run, 2.5) == pytest.approx(0.65)
     assert reward_at(run, 3) == 0.7
+
+
+def test_the_course_of_a_run_is_interpolated_in_the_root_of_the_kl():
+    """Rules on one frontier of that form are alike, however far they go between two evaluations."""
+
+    def course(*kl):
+        return replace(curve(kl, 0.1 + 0.4 * np.sqrt(kl)), by_root=True)
+
+    for run in (course(0, 4), course(0, 1, 4), course(0, 0.01, 0.5, 2, 4)):
+        assert reward_at(run, 0.5) == pytest.approx(0.1 + 0.4 * math.sqrt(0.5))
+        assert reward_at(run, 3) == pytest.approx(0.1 + 0.4 * math.sqrt(3))
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+def test_between_equal_rewards_lies_that_reward(by_root):
+    run = replace(curve([0, 0.7, 3.1], [500, 500, 500]), by_root=by_root)
+    assert {reward_at(run, kl) for kl in np.linspace(0, 3.1, 97)} == {500.0}
 
 
 def test_a_kl_that_is_never_reached_has_no_reward():

@@ -211,7 +211,7 @@ def test_a_limit_of_other_prompts_says_so(evaluated, told):
     report, _ = synthetic_report(prompts=1)
     report["limit"]["evaluated_prompts"] = evaluated
     caption = frontier_figure(report, rule_styles(RULES))["caption"]
-    assert ("evaluated on 64 prompts, whose limit may lie elsewhere" in caption) == told
+    assert ("may lie elsewhere: the rules are evaluated on 64 prompts, and the limit is of 24" in caption) == told
 
 
 def test_the_clipped_share_is_drawn_of_the_rules_that_clip(page, control_page, tmp_path):
@@ -247,7 +247,7 @@ def test_what_is_said_of_knob_values_is_of_the_world(page, tmp_path):
     for one, chosen in ((page, True), (control, False)):
         text = one.all("body")[0]["text"]
         assert ("Every rule by the knob value whose mean is the highest there" in text) is chosen
-        assert ("of the rule's best knob value there" in text) is chosen
+        assert ("the rule's best knob value of those" in text) is chosen
         assert ("a knob value without all of its seeds counts" in text) is chosen
         assert ("no value is chosen" in text) is not chosen
         assert ("a seed without all of the rule's knob values counts" in text) is not chosen

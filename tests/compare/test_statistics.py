@@ -9,7 +9,9 @@ from scipy import stats
 
 from lm_trust.compare.statistics import (
     Estimate,
+    bootstrap_coverage,
     bootstrap_mean,
+    coverage_text,
     interquartile_mean,
     mann_whitney,
     probability_of_improvement,
@@ -46,6 +48,17 @@ def test_over_three_seeds_the_interval_holds_the_mean_three_times_in_four():
     draws = np.random.default_rng(2).normal(size=(300, 3))
     held = [found.low <= 0 <= found.high for found in map(bootstrap_mean, draws)]
     assert np.mean(held) == pytest.approx(0.75, abs=0.07)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 10])
+def test_an_interval_over_a_few_seeds_is_worth_what_is_said_of_it(count):
+    samples = np.random.default_rng(count).normal(size=(1000, count))
+    held = [found.low <= 0 <= found.high for found in map(bootstrap_mean, samples)]
+    assert np.mean(held) == pytest.approx(bootstrap_coverage(count), abs=0.035)
+
+
+def test_over_many_seeds_the_interval_is_worth_95():
+    assert [coverage_text(count) for count in (3, 5, 10, 1000)] == ["75 %", "85 %", "90 %", "95 %"]
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_on_either_side():

@@ -158,9 +158,13 @@ def test_bounds_costs_and_failures_are_told():
     text = " ".join(summarise(report, curves))
     assert "4 of 5 runs finished" in text and "Runs of broken failed" in text
     assert "trpo kept its bound on the exact step KL in all but 1 of 20 updates" in text
-    assert "ppo_clip has no bound" in text and "up to 0.03" in text
+    assert "no bound on the step KL: its runs had 0.01 nats a token on average and up to 0.03 in one of 20" in text
     assert "trpo 2.0 gradients and 0.5 s" in text
     assert "nothing here is matched" in text
+    report["cells"][0]["rejected"], report["cells"][2]["rejected"], report["cells"][3]["rejected"] = 3, 10, 10
+    text = " ".join(summarise(report, curves))
+    assert "in all but 1 of 20 updates, of which 3 were rejected and moved nothing." in text
+    assert "ppo_clip moved nothing: all of its 20 updates were rejected." in text
     del report["cells"][0]["step_seconds"]  # of a run by an earlier version
     text = " ".join(summarise(report, curves))
     assert "without the rollout and the critic's fit: trpo 2.0 gradients; ppo_clip 2.0 gradients and 0.5 s." in text
@@ -177,18 +181,22 @@ def test_the_share_of_the_limit_is_of_its_gain():
     for evaluated in (24, 64):
         text = " ".join(summarise(report_of(curves, limit=limit | {"evaluated_prompts": evaluated}), curves))
         assert ("of that gain" in text) == (evaluated == 24)
-    assert "0.9, from 0.1 at the start, on 24 prompts where the rules are evaluated on 64." in text
+    assert "part of it can be told, because the rules are evaluated on 64 prompts, and the limit is of 24." in text
+    text = " ".join(summarise(report_of(curves, limit=limit | {"of_seed": 1}), curves))
+    assert "because each seed holds out prompts of its own, and the limit is of those of seed 1." in text
     worse = [curve("trpo", seed, 0.05) for seed in (0, 1)]
     assert "from 0.1 at the start." in " ".join(summarise(report_of(worse, limit=limit), worse))
 
 
 def test_what_fresh_samples_confirm():
     curves = [curve("trpo", seed, 0.5) for seed in (0, 1)]
+    row = {"rule": "trpo", "error": None, "accepted": True, "batch_gain": 0.2, "fresh_low": -0.01}
     rows = [
-        {"rule": "trpo", "error": None, "batch_gain": 0.2, "fresh_gain": 0.05},
-        {"rule": "trpo", "error": None, "batch_gain": 0.2, "fresh_gain": 0.15},
-        {"rule": "trpo", "error": "broke", "batch_gain": None, "fresh_gain": None},
-        {"rule": "trpo", "error": None, "batch_gain": 9.0, "fresh_gain": None},  # it was not finite
+        row | {"fresh_gain": 0.05},
+        row | {"fresh_gain": 0.15, "fresh_low": 0.01},
+        row | {"fresh_gain": 0.0, "batch_gain": 0.0, "accepted": False},
+        row | {"error": "broke", "batch_gain": None, "fresh_gain": None},
+        row | {"batch_gain": 9.0, "fresh_gain": None},  # it was not finite
     ]
     text = " ".join(summarise(report_of(curves, one_update={"rows": rows}), curves))
-    assert "trpo 0.2 and 0.1." in text
+    assert "trpo 0.2 and 0.1 (1 of 2 above zero)." in text
