@@ -61,6 +61,7 @@ def sft(config: SftConfig, output: Path) -> int:
             processing_class=prepared.tokenizer,
         )
         prepared.check_kept(trainer, f"a prompt of {prepared.length} tokens or more leaves no completion to learn")
+        prepared.tell_cut(trainer)
         return run_stage(
             config,
             prepared,

@@ -61,6 +61,19 @@ class Prepared:
             rows = "1 row was" if dropped == 1 else f"{dropped} rows were"
             self.console.print(f"{rows} left out: {why}", highlight=False, soft_wrap=True)
 
+    def tell_cut(self, trainer: Trainer) -> None:
+        """Say how many rows are as long as a row may be, of which what is beyond is not learnt."""
+        sides = trainer.train_dataset, trainer.eval_dataset
+        full = sum(len(ids) >= self.length for kept in sides for ids in kept["input_ids"])
+        if full:
+            rows = "row reaches" if full == 1 else "rows reach"
+            self.console.print(
+                f"{full} of {sum(map(len, sides))} {rows} {self.length} tokens (training.max_length, or what the model "
+                "takes): nothing beyond is learnt",
+                highlight=False,
+                soft_wrap=True,
+            )
+
 
 def prepare(config: StageConfig, load: Callable[..., tuple[Examples, Examples]]) -> Prepared:
     """Read the tokenizer and the rows; `load` is `load_texts` or `load_pairs`.

@@ -207,10 +207,19 @@ def test_rows_without_room_for_a_completion_are_left_out_and_counted(stage, caps
     long = [{"prompt": f"{' '.join(['film'] * 9)} {word}", "completion": "good"} for word in ("a", "is")]
     keys = {"training.max_length": 8, "training.max_steps": 1, "data.heldout_fraction": 0.34}
     assert stage("sft", [*rows, *long], **keys) == 0
-    assert "2 rows were left out: a prompt of 8 tokens or more" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 rows were left out: a prompt of 8 tokens or more" in out and "nothing beyond" not in out
     assert stage("sft", long * 2, **keys, output="other") == 2
     error = capsys.readouterr().err
     assert "data.jsonl: no row can be used: a prompt of 8 tokens or more" in error
+
+
+def test_rows_that_are_cut_are_counted(stage, capsys):
+    rows = [{"text": f"the film was {word}"} for word in ("good", "bad", "dull")]
+    rows += [{"text": f"{' '.join(['film'] * 9)} {word}"} for word in ("a", "is", "good")]
+    assert stage("sft", rows, **{"training.max_length": 8, "training.max_steps": 1}) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 of 6 rows reach 8 tokens (training.max_length, or what the model takes): nothing beyond is learnt" in out
 
 
 def test_a_signal_stops_after_the_update_with_the_adapter_saved(stage, texts, monkeypatch, capsys, evaluation, lines):
