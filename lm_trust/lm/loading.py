@@ -161,7 +161,16 @@ def attach_adapter(
                 else:
                     model = get_peft_model(base, config, adapter_name=name)
         except ValueError as error:
-            raise UserError(f"model.lora.targets: {first_line(error)}") from error
+            layers = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in base.named_modules()
+                    if isinstance(module, (nn.Linear, Conv1D))
+                }
+            )
+            raise UserError(
+                f"model.lora.targets: {first_line(error)} (its linear layers: {', '.join(layers)})"
+            ) from error
     if _changes_head(model):
         raise UserError(
             f"model.lora.targets: {', '.join(targets or [])} includes the output head, which must stay frozen"
@@ -181,9 +190,11 @@ def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = 
         UserError: the folder holds no adapter that fits the base, one that does not act inside its layers alone, or one
             that changes the base's own weights.
     """
+    made_for = ""
     try:
         local = str(adapter_folder(folder))
         config = PeftConfig.from_pretrained(local)
+        made_for = f", made for {config.base_model_name_or_path}," if config.base_model_name_or_path else ""
         if _changes_base(config):
             raise UserError(
                 f"adapter {str(folder)!r} changes the base's own weights as it is loaded, as PiSSA, OLoRA, CorDA, "
@@ -203,7 +214,7 @@ def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = 
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"adapter {str(folder)!r} could not be loaded: {first_line(error)}") from error
+        raise UserError(f"adapter {str(folder)!r}{made_for} could not be loaded: {first_line(error)}") from error
     if _changes_head(model):
         raise UserError(f"adapter {str(folder)!r} changes the output head, which must stay frozen")
     return model
