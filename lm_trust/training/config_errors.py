@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lm_trust.errors import in_line
 from lm_trust.training.config_learning import GROUPED
-from lm_trust.training.config_synonyms import SYNONYMS, TRUNCATED_SAMPLING
+from lm_trust.training.config_synonyms import KINDS, STOPPING, SYNONYMS, TRUNCATED_SAMPLING
 
 Key = tuple[str, ...]  # a dotted key in parts; items of a list by index
 
@@ -161,6 +161,8 @@ def _instead(
         return _of_another_kind(section, root)
     if wrong in TRUNCATED_SAMPLING and ("rollout", "temperature") in everywhere:
         return "; completions are drawn from the whole distribution, as the KL is measured; see rollout.temperature"
+    if wrong in STOPPING and ("rollout", "max_new_tokens") in everywhere and key[0] == "rollout":
+        return "; a completion ends with the policy's end of sequence or at rollout.max_new_tokens, and by nothing else"
     ours = [tuple(each.split(".")) for each in SYNONYMS.get(wrong, ())]
     beside = next((each[-1] for each in ours if each[-1] in here), None)
     if beside:
@@ -214,7 +216,9 @@ def _unknown_kind(key: Key, given: Any, root: type[BaseModel], other: type[BaseM
     elsewhere = other.model_fields.get(key[0])
     if isinstance(wrong, str) and elsewhere is not None and wrong in variants(elsewhere.annotation):
         return f"{wrong} is for {_world(other)}; here: {names}"
-    return f"unknown kind {shown(wrong)}; one of {names}{_nearest(wrong, kinds)}"
+    meant = KINDS.get(str(wrong).lower()) if key[0] == "update" else None
+    hint = f"; did you mean {meant}?" if meant else _nearest(wrong, kinds)
+    return f"unknown kind {shown(wrong)}; one of {names}{hint}"
 
 
 def _world(root: type[BaseModel]) -> str:

@@ -229,7 +229,7 @@ def _require_command(command: str, layers: Sequence[Layer], path: str) -> None:
         if names.issuperset(sections):
             if other != command:
                 given = f"{sections[0]} is" if len(sections) == 1 else f"{' and '.join(sections)} are"
-                raise UserError(f"{plain(path)}: {given} given, as for {other}")
+                raise UserError(f"{plain(path)}: {given} given, as for {other}; here one for {command} is needed")
             return
 
 
@@ -282,7 +282,7 @@ def _resolve(
                 found.extend([((*key, name), problem)] if problem else [])
         return section.model_copy(update=changes)
 
-    sections: dict[str, Any] = {"model": resolved(config.model, ("model",), path=_model_path, adapter=_adapter_path)}
+    sections: dict[str, Any] = {"model": resolved(config.model, ("model",), path=_base_path, adapter=_adapter_path)}
     if isinstance(config, LanguageConfig):
         sections |= {
             "prompts": resolved(config.prompts, ("prompts",), path=_data_path, heldout=_data_path),
@@ -303,7 +303,7 @@ def _model_path(path: str) -> tuple[str, str | None]:
     if path == SMOLLM2:
         return path, None
     if os.path.isdir(local):
-        return os.path.abspath(local), None
+        return os.path.abspath(local), _model_inside(path)
     if os.path.exists(local):
         return path, f"expected a model's folder, got a file: {plain(path)}"
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -314,6 +314,38 @@ def _model_path(path: str) -> tuple[str, str | None]:
     if "/" not in path and difflib.get_close_matches(path.lower(), [SMOLLM2], cutoff=0.75):
         return path, f"no model {shown(path)} here; did you mean {SMOLLM2}? (a hub id is written owner/name)"
     return path, None
+
+
+def _model_inside(path: str) -> str | None:
+    """What is wrong with a folder that holds no model where a folder inside it does, as in that of a run."""
+    folder = os.path.expanduser(path)
+    if _holds(folder, "config.json", "adapter_config.json"):
+        return None
+    inside = next(
+        (
+            name
+            for name in ("adapter", "model")
+            if _holds(os.path.join(folder, name), "config.json", "adapter_config.json")
+        ),
+        None,
+    )
+    return inside and f"no model in {plain(path)}; did you mean {plain(os.path.join(path, inside))}?"
+
+
+def _base_path(path: str) -> tuple[str, str | None]:
+    """As `_model_path`, of a whole model."""
+    found, problem = _model_path(path)
+    for folder in (found, os.path.join(found, "adapter")):
+        if _holds(folder, "adapter_config.json") and not _holds(found, "config.json"):
+            return (
+                found,
+                f"{plain(folder)} is an adapter and no whole model; give its base, and it as model.adapter of a run",
+            )
+    return found, problem
+
+
+def _holds(folder: str, *names: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def _adapter_path(path: str) -> tuple[str, str | None]:

@@ -86,5 +86,21 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "exp_name": ("output",),
     "report_to": ("trackers",),
 }
+# Of other libraries and papers, what `update.kind` is here.
+KINDS: dict[str, str] = {
+    "ppo": "ppo_clip",
+    "grpo": "ppo_clip with advantage.kind group_relative",
+    "dr_grpo": "ppo_clip with advantage {kind: group_relative, scale: false}",
+    "dapo": "ppo_clip with update.clip_high and advantage.kind group_relative",
+    "rloo": "ppo_clip or trpo with advantage.kind leave_one_out",
+    "npg": "natural_gradient",
+    "vpg": "reinforce",
+    "pg": "reinforce",
+    "a2c": "reinforce",
+    "troll": "projection",
+    "dppo": "divergence_mask",
+}
+# What would end a completion, or keep it from its end, otherwise than the policy that is scored and measured does.
+STOPPING = ("stop", "stop_strings", "stop_sequences", "stop_token", "min_new_tokens", "min_length", "min_tokens")
 # What would cut the distribution that completions are drawn from: its KL would be another than the one measured.
 TRUNCATED_SAMPLING = ("top_k", "top_p", "min_p")

@@ -21,7 +21,7 @@ from lm_trust.training.config_errors import keys_of, variants
 from lm_trust.training.config_file import dump, load_config
 from lm_trust.training.config_help import key_listing
 from lm_trust.training.config_stages import RewardModelConfig, SftConfig
-from lm_trust.training.config_synonyms import SYNONYMS, TRUNCATED_SAMPLING
+from lm_trust.training.config_synonyms import KINDS, SYNONYMS, TRUNCATED_SAMPLING
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
 BARE = "vader, length, missing_eos, exact_match"
@@ -657,6 +657,27 @@ def test_arguments_are_a_section(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("update.kind", "grpo", "did you mean ppo_clip with advantage.kind group_relative?"),
+        ("update.kind", "PPO", "did you mean ppo_clip?"),
+        ("update.kind", "rloo", "did you mean ppo_clip or trpo with advantage.kind leave_one_out?"),
+        ("rollout.stop_strings", "[x]", "a completion ends with the policy's end of sequence or at rollout.max_new_"),
+        ("rollout.min_new_tokens", "4", "a completion ends with the policy's end of sequence or at rollout.max_new_"),
+    ],
+)
+def test_what_has_another_name_here_or_is_not_offered_is_answered(folder, key, value, hint):
+    (line,) = problems("lm.yaml", (key, value))
+    assert hint in line
+
+
+@pytest.mark.parametrize("ours", KINDS.values())
+def test_kinds_of_others_are_answered_with_kinds_that_there_are(folder, ours):
+    for kind in ours.partition(" with ")[0].split(" or "):
+        assert lm(update__kind=kind).update.kind == kind
+
+
 def test_a_hub_id_is_no_slip_for_a_folder_of_another_size(folder):
     os.makedirs("owner/model-1B")
     for name in ("gpt2", "distilgpt2", "owner/model-3B", "owner/smolm2-135m"):
@@ -764,12 +785,25 @@ def test_local_paths_become_absolute_and_names_stay(folder):
         ("model.path", "my model", "model.path: expected smollm2-135m, a folder or a hub id, got 'my model'"),
         ("model.adapter", "none", "model.adapter: no such folder: none"),
         ("model.adapter", "run", "model.adapter: no adapter_config.json in run; did you mean run/adapter?"),
+        *(
+            (
+                "model.path",
+                path,
+                "model.path: {folder}/run/adapter is an adapter and no whole model; give its base, and it as "
+                "model.adapter of a run",
+            )
+            for path in ("run", "run/adapter")
+        ),
+        ("rewards", "[{kind: classifier, path: run}]", "rewards.0.path: no model in run; did you mean run/adapter?"),
+        ("model.path", "whole", "model.path: no model in whole; did you mean whole/model?"),
     ],
 )
 def test_missing_files_are_told_before_anything_loads(folder, key, value, line):
     os.makedirs("run/adapter")
+    os.makedirs("whole/model")
     write("run/adapter/adapter_config.json", "{}")
-    assert problems("lm.yaml", (key, value)) == [f"command line: {line}"]
+    write("whole/model/config.json", "{}")
+    assert problems("lm.yaml", (key, value)) == [f"command line: {line.format(folder=folder)}"]
 
 
 def test_a_finished_run_can_be_read_without_its_prompts(folder):
@@ -875,10 +909,10 @@ def test_a_config_of_another_command_is_told_in_one_line(path):
         "lm-trust compare": load_comparison,
     }
     commands.pop(OF_OTHERS[path].partition("as for ")[2])
-    for load in commands.values():
+    for command, load in commands.items():
         with pytest.raises(UserError) as error:
             load(CONFIGS / path)
-        assert str(error.value) == f"{CONFIGS / path}: {OF_OTHERS[path]}"
+        assert str(error.value) == f"{CONFIGS / path}: {OF_OTHERS[path]}; here one for {command} is needed"
 
 
 @pytest.mark.parametrize(
