@@ -12,8 +12,12 @@ from typing import Any
 
 from lm_trust.errors import in_line
 
-_OWN_CODE = (str(Path(__file__).parents[1]) + os.sep, "<frozen ")
-_LIBRARIES = (*_OWN_CODE, *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")))
+# Where code lies that no user has written.
+_LIBRARIES = (
+    str(Path(__file__).parents[1]) + os.sep,
+    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
+    "<frozen ",
+)
 
 
 def short(value: Any) -> str:
@@ -38,13 +42,11 @@ def one_line(error: BaseException) -> str:
 def raised(error: BaseException) -> str:
     """What a user's function did, and where in their code: `raised KeyError: 'a' (rewards.py:31, in judge)`."""
     frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False)
-    called = [frame for frame in frames if not frame.filename.startswith(_OWN_CODE)]
-    written = [frame for frame in called if not frame.filename.startswith(_LIBRARIES)] or called
-    if not written:  # raised by the call itself, as of a function written in C
+    written = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    if not written:
         return f"raised {one_line(error)}"
-    file, here = written[-1].filename, os.getcwd() + os.sep
-    place = f"{file.removeprefix(here)}:{written[-1].lineno}, in {written[-1].name}"
-    return f"raised {one_line(error)} ({place})"
+    file = in_line("/".join(Path(written[-1].filename).parts[-2:]))
+    return f"raised {one_line(error)} ({file}:{written[-1].lineno}, in {written[-1].name})"
 
 
 def sample_words(samples: Mapping[str, list], index: int) -> str:

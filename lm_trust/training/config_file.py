@@ -35,6 +35,7 @@ _COMMANDS = {
     ("environment",): _TRAIN,
 }
 _DEEPEST = 8  # parts of an override's key; no config is nearly as deep
+_MODEL_FILES = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Layer = tuple[str, dict[str, Any]]  # a mapping, and what messages call the place that it comes from
@@ -318,34 +319,26 @@ def _model_path(path: str) -> tuple[str, str | None]:
 
 def _model_inside(path: str) -> str | None:
     """What is wrong with a folder that holds no model where a folder inside it does, as in that of a run."""
-    folder = os.path.expanduser(path)
-    if _holds(folder, "config.json", "adapter_config.json"):
+    if _holds(path, *_MODEL_FILES):
         return None
-    inside = next(
-        (
-            name
-            for name in ("adapter", "model")
-            if _holds(os.path.join(folder, name), "config.json", "adapter_config.json")
-        ),
-        None,
-    )
-    return inside and f"no model in {plain(path)}; did you mean {plain(os.path.join(path, inside))}?"
+    inside = [os.path.join(path, name) for name in ("adapter", "model")]
+    found = next((folder for folder in inside if _holds(folder, *_MODEL_FILES)), None)
+    return found and f"no model in {plain(path)}; did you mean {plain(found)}?"
 
 
 def _base_path(path: str) -> tuple[str, str | None]:
     """As `_model_path`, of a whole model."""
     found, problem = _model_path(path)
-    for folder in (found, os.path.join(found, "adapter")):
-        if _holds(folder, "adapter_config.json") and not _holds(found, "config.json"):
-            return (
-                found,
-                f"{plain(folder)} is an adapter and no whole model; give its base, and it as model.adapter of a run",
+    for folder in (path, os.path.join(path, "adapter")):
+        if _holds(folder, "adapter_config.json") and not _holds(path, "config.json"):
+            problem = (
+                f"{plain(folder)} is an adapter and no whole model; give its base, and it as model.adapter of a run"
             )
     return found, problem
 
 
 def _holds(folder: str, *names: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
+    return any(os.path.isfile(os.path.join(os.path.expanduser(folder), name)) for name in names)
 
 
 def _adapter_path(path: str) -> tuple[str, str | None]:

@@ -181,7 +181,7 @@ def test_an_error_is_told_with_the_place_in_the_users_code_where_it_was_raised(t
         "def judge(completions):\n    return [parse(text) for text in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .* \(judging\.py:4, in parse\) on sample 0"):
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .* \(\S+judging\.py:4, in parse\) on sample 0"):
         score("judging:judge")
     with pytest.raises(RewardError, match=r"raised ZeroDivisionError: .* \(\S*test_reward_answers\.py:\d+, in <"):
         score(lambda completions: [1 / 0])

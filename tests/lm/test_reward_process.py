@@ -138,9 +138,9 @@ def test_several_calls_at_once_have_a_process_each():
     [
         (
             "raise",
-            r"raised OddError: no luck \(own_process_rewards\.py:\d+, in odd\) on sample 1: prompt 'p1'",
+            r"raised OddError: no luck \(\S*own_process_rewards\.py:\d+, in odd\) on sample 1: prompt 'p1'",
         ),
-        ("exit", r"raised SystemExit: 4 \(own_process_rewards\.py:\d+, in odd\) on sample 1"),
+        ("exit", r"raised SystemExit: 4 \(\S*own_process_rewards\.py:\d+, in odd\) on sample 1"),
         ("crash", r"ended its process \(SIGSEGV\) on sample 1"),
         ("hog", "took more than its 50 MiB of memory on sample 1"),
         ("hoard", "took more than its 50 MiB of memory on sample 1"),

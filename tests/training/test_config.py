@@ -789,7 +789,7 @@ def test_local_paths_become_absolute_and_names_stay(folder):
             (
                 "model.path",
                 path,
-                "model.path: {folder}/run/adapter is an adapter and no whole model; give its base, and it as "
+                "model.path: run/adapter is an adapter and no whole model; give its base, and it as "
                 "model.adapter of a run",
             )
             for path in ("run", "run/adapter")
@@ -803,7 +803,7 @@ def test_missing_files_are_told_before_anything_loads(folder, key, value, line):
     os.makedirs("whole/model")
     write("run/adapter/adapter_config.json", "{}")
     write("whole/model/config.json", "{}")
-    assert problems("lm.yaml", (key, value)) == [f"command line: {line.format(folder=folder)}"]
+    assert problems("lm.yaml", (key, value)) == [f"command line: {line}"]
 
 
 def test_a_finished_run_can_be_read_without_its_prompts(folder):
