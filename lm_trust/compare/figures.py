@@ -27,7 +27,7 @@ from lm_trust.compare.figure_parts import (
     spread,
 )
 from lm_trust.compare.frontier import limit_of_other_prompts
-from lm_trust.compare.statistics import FEW_SEEDS, bootstrap_mean, coverage_text, known
+from lm_trust.compare.statistics import bootstrap_mean, coverage_text, known
 from lm_trust.compare.words import cell_name, cell_text
 from lm_trust.training.plots import GREY, INK
 from lm_trust.training.run_folder import Record
@@ -64,8 +64,8 @@ def frontier_figure(report: Record, styles: Styles) -> dict[str, Any]:
             "knob value; areas: its 95 % bootstrap interval.",
         ]
     seeds = len(report.get("seeds") or ())
-    if 2 <= seeds <= FEW_SEEDS:
-        share = coverage_text(seeds)
+    share = coverage_text(seeds)
+    if share is not None:
         caption.append(f"Over {seeds} seeds such an interval holds the true mean in about {share} of cases.")
     if seeds < 2:
         caption[1] = "Lines: one seed, so no interval can be given, and no difference here is supported by one."

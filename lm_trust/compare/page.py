@@ -31,7 +31,7 @@ from lm_trust.compare.figures_training import (
     predicted_figure,
     runs_of,
 )
-from lm_trust.compare.statistics import FEW_SEEDS, coverage_text
+from lm_trust.compare.statistics import coverage_text
 from lm_trust.compare.words import knob_text
 from lm_trust.training.run_folder import Record
 from lm_trust.verified_folder import replacing
@@ -65,7 +65,6 @@ def _page(report: Record, rows: pyarrow.Table) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.globals |= {"number": page_tables.number, "knob_text": knob_text}
     environment.filters["printable"] = page_tables.printable
-    seeds = len(report.get("seeds") or ())
     return environment.from_string(_asset("report.html.jinja")).render(
         report=report,
         language=report.get("world") == "language",
@@ -74,7 +73,7 @@ def _page(report: Record, rows: pyarrow.Table) -> str:
         limit_styles={name: _swatch(style) for name, style in LIMIT_STYLES.items()} if report.get("limit") else {},
         shown=shown_values(report),
         matched=page_tables.matched(report),
-        coverage=coverage_text(seeds) if 2 <= seeds <= FEW_SEEDS else None,
+        coverage=coverage_text(len(report.get("seeds") or ())),
         improvement=page_tables.improvement(report),
         study=page_tables.study(report),
         cells=page_tables.cells(report),

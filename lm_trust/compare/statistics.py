@@ -22,13 +22,12 @@ from scipy import stats
 
 from lm_trust.intervals import Estimate
 
+_FEW_SEEDS = 20  # up to them the interval is told with what it is worth
+
 
 def known(value: Any) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-FEW_SEEDS = 20  # up to them the interval is told with what it is worth
 
 
 def bootstrap_coverage(count: int) -> float:
@@ -42,9 +41,9 @@ def bootstrap_coverage(count: int) -> float:
     return float(1 - 2 * stats.t.sf(stats.norm.ppf(0.975) * math.sqrt((count - 1) / count), count - 1))
 
 
-def coverage_text(count: int) -> str:
-    """That in whole percent."""
-    return f"{100 * bootstrap_coverage(count):.0f} %"
+def coverage_text(count: int) -> str | None:
+    """That in whole percent, for so few seeds that it is to be told; None for a single one, which has no interval."""
+    return f"{100 * bootstrap_coverage(count):.0f} %" if 2 <= count <= _FEW_SEEDS else None
 
 
 def bootstrap_mean(values: ArrayLike) -> Estimate:

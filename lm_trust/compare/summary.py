@@ -214,20 +214,22 @@ def _bounds(report: Record) -> list[str]:
             continue
         updates = sum(cell["iterations"] for cell in cells)
         rejected = sum(cell.get("rejected") or 0 for cell in cells)  # earlier versions did not note it
-        none = f", of which {rejected} were rejected and moved nothing" if rejected else ""
+        without = f", of which {rejected} were rejected and moved nothing" if rejected else ""
         if rejected == updates:
             sentences.append(f"{rule['name']} moved nothing: all of its {updates} updates were rejected.")
         elif rule["bounded"]:
             broken = round(sum(cell["violations"] * cell["iterations"] for cell in cells))
             kept = "in every one" if not broken else f"in all but {broken}"
-            sentences.append(f"{rule['name']} kept its bound on the exact step KL {kept} of {updates} updates{none}.")
+            sentences.append(
+                f"{rule['name']} kept its bound on the exact step KL {kept} of {updates} updates{without}."
+            )
         else:
             means = [cell["step_kl"] for cell in cells]
             mean = " to ".join(dict.fromkeys(f"{end(means):.2g}" for end in (min, max)))
             highest = max(cell["step_kl_mean_max"] for cell in cells)
             sentences.append(
                 f"{rule['name']} has no bound on the step KL: its runs had {mean} nats a {step} on average and up to "
-                f"{highest:.2g} in one of {updates} updates{none}."
+                f"{highest:.2g} in one of {updates} updates{without}."
             )
     return sentences
 

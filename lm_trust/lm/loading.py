@@ -161,21 +161,19 @@ def attach_adapter(
                 else:
                     model = get_peft_model(base, config, adapter_name=name)
         except ValueError as error:
-            layers = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in base.named_modules()
-                    if isinstance(module, (nn.Linear, Conv1D))
-                }
-            )
-            raise UserError(
-                f"model.lora.targets: {first_line(error)} (its linear layers: {', '.join(layers)})"
-            ) from error
+            layers = ", ".join(_linear_layers(base))
+            raise UserError(f"model.lora.targets: {first_line(error)} (its linear layers: {layers})") from error
     if _changes_head(model):
         raise UserError(
             f"model.lora.targets: {', '.join(targets or [])} includes the output head, which must stay frozen"
         )
     return model
+
+
+def _linear_layers(base: nn.Module) -> list[str]:
+    """The different names of its linear layers, without where they lie."""
+    linear = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = True) -> PeftModel:

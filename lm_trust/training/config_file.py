@@ -345,10 +345,10 @@ def _adapter_path(path: str) -> tuple[str, str | None]:
     folder = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(folder):
         return folder, _no_such("folder", path)
-    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+    if _holds(folder, "adapter_config.json"):
         return folder, None
-    inside = os.path.isfile(os.path.join(folder, "adapter", "adapter_config.json"))
-    hint = f"; did you mean {plain(os.path.join(path, 'adapter'))}?" if inside else ""
+    inside = os.path.join(path, "adapter")
+    hint = f"; did you mean {plain(inside)}?" if _holds(inside, "adapter_config.json") else ""
     return folder, f"no adapter_config.json in {plain(path)}{hint}"
 
 
