@@ -11,10 +11,10 @@ trl's PPO was last in 1.12, which needs an environment of its own, whose interpr
 RLOO and GRPO are those of the trl that is installed here. Without the peer environment PPO is left out.
 
 An iteration is rollout, reward, reference and update: 64 completions of 48 tokens after 16 prompt tokens, LoRA with
-r=8 on the same modules, microbatches of 16, 4 epochs of one optimizer step (TRPO: one step), a reference KL of
-coefficient 0.05, float32, no gradient checkpointing. No completion ends early. GPT-2 124M and a tiny GPT-2 (4 layers,
-256 wide, a vocabulary of 2,048) have random weights from their configurations; their tokens are single characters, so
-that texts and tokens are the same thing. There are two groups:
+r=8 on the same modules, microbatches of 16, 4 epochs of one optimizer step (TRPO: one step; PPO-trust: one step of Adam
+under the hard bound), a reference KL of coefficient 0.05, float32, no gradient checkpointing. No completion ends early.
+GPT-2 124M and a tiny GPT-2 (4 layers, 256 wide, a vocabulary of 2,048) have random weights from their configurations;
+their tokens are single characters, so that texts and tokens are the same thing. There are two groups:
 
 - beside trl's PPO, with a reward model of the policy's size. trl's value model is a third model of that size, all of
   whose weights are trained. Our critic is a head on the reference's hidden states; "own critic" is a model of its own
@@ -71,12 +71,14 @@ class Competitor:
 TRL_PPO = Competitor("trl PPO", "language_trl.py", "ppo", peer=True)
 WITH_REWARD_MODEL = (
     Competitor("lm-trust TRPO", "language_ours.py", "trpo"),
+    Competitor("lm-trust PPO-trust", "language_ours.py", "ppo_trust"),
     Competitor("lm-trust PPO", "language_ours.py", "ppo"),
     Competitor("lm-trust PPO, own critic", "language_ours.py", "ppo_own_critic"),
     TRL_PPO,
 )
 WITH_FUNCTION = (
     Competitor("lm-trust TRPO", "language_ours.py", "trpo_grouped"),
+    Competitor("lm-trust PPO-trust", "language_ours.py", "ppo_trust_grouped"),
     Competitor("lm-trust PPO", "language_ours.py", "ppo_grouped"),
     Competitor("trl RLOO", "language_trl.py", "rloo", peer=True),
     Competitor("trl GRPO", "language_trl.py", "grpo", peer=True),

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lm_trust.core.seeding import make_generator
-from lm_trust.lm.generation import complete, eos_ids, left_pad, plain_sampling, seeded
+from lm_trust.lm.generation import ExponentialRace, complete, eos_ids, greedy_settings, left_pad, seeded
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.rollout import LanguageTask
 from lm_trust.training.build import build_world
@@ -69,13 +69,13 @@ def tilted(task: LanguageTask, policy: CausalPolicy, rows: Tensor, beta: float) 
     ends, pad = eos_ids(task.tokenizer, policy), task.tokenizer.pad_token_id
     prompts, mask = left_pad([task.heldout.ids[row] for row in rows.tolist()], pad)
     tilt = Tilt(task, rows, prompts.shape[1], ends, temperature=policy.temperature, beta=beta)
-    settings = plain_sampling(policy, max_new_tokens=task.max_new_tokens, eos_ids=ends, pad_id=pad)
-    with seeded(policy.device, make_generator(0, "benchmark.tilt")), policy.as_reference():
+    settings = greedy_settings(max_new_tokens=task.max_new_tokens, eos_ids=ends, pad_id=pad)
+    with seeded(policy.device, make_generator(0, "benchmark.tilt")) as seed, policy.as_reference():
         sequences = policy.causal_lm.generate(
             input_ids=prompts,
             attention_mask=mask.long(),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([tilt]),
+            logits_processor=LogitsProcessorList([tilt, ExponentialRace(policy.temperature, seed)]),
         )
     completions = complete(mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=ends)
     return task.score(task.heldout, rows, completions).total, tilt.kl

@@ -1,7 +1,8 @@
 """Ours in `lm_training.py`: python language_ours.py RULE SETTINGS, in turns with the peers.
 
 RULE is one of `RULES`: the update, then `own_critic` (a model of its own, as trl's PPO has) or `grouped` (no critic).
-TRPO's update section is the demo's; the rest is what the peers have as well.
+TRPO's update section is the demo's, and `ppo_trust` the one Adam step under a hard bound of `sentiment_long.yaml`; the
+rest is what the peers have as well.
 """
 
 from __future__ import annotations
@@ -16,14 +17,22 @@ from lm_trust.training.build import build_world
 from lm_trust.training.config import LanguageConfig
 from lm_trust.training.trainer import Trainer
 
-RULES = ("trpo", "ppo", "ppo_own_critic", "trpo_grouped", "ppo_grouped")
+RULES = ("trpo", "ppo_trust", "ppo", "ppo_own_critic", "trpo_grouped", "ppo_trust_grouped", "ppo_grouped")
 
 
 def build(rule: str, settings: Settings) -> Trainer:
     grouped = rule.endswith("grouped")
-    trpo = {"kind": "trpo", "max_kl": 0.02, "damping": 0.03, "cg_iterations": 2, "fisher_fraction": 0.25}
-    ppo = {"kind": "ppo_clip", "clip": settings.clip, "epochs": settings.epochs, "minibatches": 1}
-    ppo["learning_rate"] = settings.learning_rate
+    updates = {
+        "trpo": {"kind": "trpo", "max_kl": 0.02, "damping": 0.03, "cg_iterations": 2, "fisher_fraction": 0.25},
+        "ppo_trust": {"kind": "ppo_trust", "max_kl": 0.02, "epochs": 1, "minibatches": 1, "learning_rate": 0.003},
+        "ppo": {
+            "kind": "ppo_clip",
+            "clip": settings.clip,
+            "epochs": settings.epochs,
+            "minibatches": 1,
+            "learning_rate": settings.learning_rate,
+        },
+    }
     gae = {"kind": "gae", "gamma": 1.0, "lam": settings.lam, "whiten": True}
     critic = {"kind": "reference_head"}
     if rule == "ppo_own_critic":
@@ -49,7 +58,7 @@ def build(rule: str, settings: Settings) -> Trainer:
         ],
         "advantage": {"kind": "leave_one_out"} if grouped else gae,
         "critic": {"kind": "none"} if grouped else critic,
-        "update": trpo if rule.startswith("trpo") else ppo,
+        "update": updates[rule.removesuffix("_own_critic").removesuffix("_grouped")],
         # TRPO as the demo has it, by the exact KL in the objective; the rest as the peers, in the reward.
         "reference": {"loss": settings.penalty} if rule.startswith("trpo") else {"penalty": settings.penalty},
     }

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
@@ -131,8 +132,12 @@ def complete(
 
 
 @contextmanager
-def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
-    """Within the context the global generators are seeded from `generator`; afterwards they are as they were."""
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[int]:
+    """Within the context the global generators are seeded from `generator`; afterwards they are as they were.
+
+    Yields:
+        The seed.
+    """
     seed = int(torch.randint(2**62, (), generator=generator))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -141,7 +146,7 @@ def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
         for forked in devices:
             with torch.cuda.device(forked):
                 torch.cuda.manual_seed(seed)
-        yield
+        yield seed
 
 
 class EndWhereBroken(LogitsProcessor):
@@ -163,19 +168,43 @@ class EndWhereBroken(LogitsProcessor):
         return torch.where(broken, end, scores)
 
 
-def plain_sampling(
-    policy: CausalPolicy, *, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int
-) -> GenerationConfig:
-    """Settings of `generate` by which it draws from the policy's own distribution; arguments as below.
+class ExponentialRace(LogitsProcessor):
+    """Draws each row's next token, for `generate` to find as the one with the highest score.
 
-    Every one that could bend the distribution is switched off by name (an unset top_k is 50 in transformers).
+    Of clocks that ring after exponential times, word v's at the rate p_v, the first to ring is v's with probability
+    p_v: that is the largest p_v / E_v of exponential E. `torch.multinomial` draws in this way, too. On a CPU that is a
+    tenth of the time of sampling, most of it torch's exponentials; numpy's take a fifth of theirs.
+
+    Args:
+        temperature: that the scores are divided by.
+        seed: of the draws on a CPU; on other devices the global generator makes them.
+    """
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self._temperature = temperature
+        self._generator = np.random.Generator(np.random.SFC64(seed))
+        self._times = np.empty(0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rates = (scores / self._temperature).softmax(-1)
+        return rates.div_(self._times_of(rates))
+
+    def _times_of(self, rates: Tensor) -> Tensor:
+        if rates.device.type != "cpu":
+            return torch.empty_like(rates).exponential_()
+        if self._times.shape != rates.shape:  # else it is used again: memory that is new is slow
+            self._times = np.empty(rates.shape)
+        # In double precision: a single one has zeros among a million, and would give rare words more than their share.
+        return torch.from_numpy(self._generator.standard_exponential(out=self._times))
+
+
+def greedy_settings(*, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    """Settings of `generate` by which it takes the token with the highest score; arguments as below.
+
+    What else the model's own settings would do to the scores is undone where it is loaded.
     """
     return GenerationConfig(
-        do_sample=True,
-        temperature=policy.temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
+        do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_ids) or -1,  # in place of None transformers takes the model's own
         pad_token_id=pad_id,
@@ -206,14 +235,14 @@ def sample_completions(
         generator: CPU generator.
     """
     prompts, prompt_mask = (tensor.to(policy.device) for tensor in left_pad(prompt_ids, pad_id))
-    settings = plain_sampling(policy, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
-    broken = LogitsProcessorList([EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)])
-    with seeded(policy.device, generator), policy.generating():
+    settings = greedy_settings(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
+    broken = EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)
+    with seeded(policy.device, generator) as seed, policy.generating():
         sequences = policy.causal_lm.generate(
             input_ids=prompts,
             attention_mask=prompt_mask.long(),
             generation_config=settings,
-            logits_processor=broken,
+            logits_processor=LogitsProcessorList([broken, ExponentialRace(policy.temperature, seed)]),
             synced_gpus=policy.sharded,  # go on until the last process's rows have ended
         )
     return complete(prompt_mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=eos_ids)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from lm_trust.errors import UserError, first_line
 from lm_trust.lm.pretrained import as_uploaded, described, quiet, refuse_pickle, refuse_pickle_of_hub, source_of
@@ -121,7 +122,20 @@ def load_model(
             ) from error
         raise UserError(f"{key}: no model could be loaded from {described(path)}: {first_line(error)}") from error
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    _fuse_activations(model)
     return model.requires_grad_(False).eval().to(device), sorted(lacking)
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """Have GPT-2's activation, where a model has it, computed by the one kernel that torch has for it.
+
+    In transformers it is written out as eight operations on the widest tensor of a layer: the same numbers to float32's
+    rounding, in three times the time, and with more to keep for a gradient.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
 def with_tokenizer(

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import EOS, PAD, V, write_model
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from lm_trust.core.seeding import make_generator
-from lm_trust.lm.generation import sample_completions
+from lm_trust.lm.generation import ExponentialRace, sample_completions
 from lm_trust.lm.loading import load_policy, load_tokenizer
 from lm_trust.lm.prompts import Prompts
 from lm_trust.lm.rewards import WeightedRewards
@@ -83,6 +84,24 @@ def sample(policy, tokenizer, texts=TEXTS, *, steps=6, seed=0, ends=None):
     )
 
 
+def record_scores(policy):
+    """A list that fills with what each token is drawn from: `generate`'s logits after every processor but the draw."""
+    generate, drawn_from = policy.causal_lm.generate, []
+
+    class Recorder(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            drawn_from.append(scores / policy.temperature)
+            return scores
+
+    def recorded(*, logits_processor, **given):
+        *others, race = logits_processor
+        assert isinstance(race, ExponentialRace)
+        return generate(logits_processor=LogitsProcessorList([*others, Recorder(), race]), **given)
+
+    policy.causal_lm.generate = recorded
+    return drawn_from
+
+
 def plain_log_probs(policy, observations, temperature):
     """(B, T, V) log-probabilities, row by row without padding, from the transformers model's own logits."""
     width, rows = observations.prompt_width, []
@@ -140,6 +159,7 @@ def lm():
         write_model=write_model,
         move=move,
         sample=sample,
+        record_scores=record_scores,
         plain_log_probs=plain_log_probs,
         checksum=checksum,
         letters=letters,

@@ -61,15 +61,8 @@ def batch_of(policy, completions):
 
 def sampled_log_probs(policy, tokenizer, lm):
     """Completions of prompts of mixed lengths, and the log-probabilities by which `generate` drew each token."""
-    generate, drawn_from = policy.causal_lm.generate, []
-
-    def with_scores(**given):
-        found = generate(**given, return_dict_in_generate=True, output_scores=True)
-        drawn_from.extend(found.scores)
-        return found.sequences
-
-    policy.causal_lm.generate = with_scores
-    completions = lm.sample(policy, tokenizer, lm.TEXTS * 2)
+    drawn_from = lm.record_scores(policy)
+    completions = lm.sample(policy, tokenizer, lm.TEXTS * 12)
     del policy.causal_lm.generate
     sampled = torch.stack(drawn_from, 1).float().log_softmax(-1)
     return completions, sampled.gather(-1, completions.tokens.unsqueeze(-1)).squeeze(-1)

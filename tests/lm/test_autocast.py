@@ -101,14 +101,7 @@ def test_a_step_keeps_its_bound_and_the_start_stays(both, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_tokens_are_drawn_from_what_is_scored_to_half_precision(both, tokenizer, lm, dtype):
     plain, half, _ = both(dtype)
-    drawn_from, generate = [], half.causal_lm.generate
-
-    def with_scores(**given):
-        found = generate(**given, return_dict_in_generate=True, output_scores=True)
-        drawn_from.extend(found.scores)
-        return found.sequences
-
-    half.causal_lm.generate = with_scores
+    drawn_from = lm.record_scores(half)
     completions = lm.sample(half, tokenizer, lm.TEXTS * 4)
     sampled, mask = torch.stack(drawn_from, 1), completions.mask
     assert sampled.dtype == torch.float32

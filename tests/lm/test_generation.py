@@ -1,13 +1,14 @@
 """Sampling: it draws from the scored distribution and no other, and completions end where they end."""
 
 import json
+import math
 
 import pytest
 import torch
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from lm_trust.lm.generation import complete, left_pad, sample_completions
+from lm_trust.lm.generation import ExponentialRace, complete, left_pad, sample_completions
 from lm_trust.lm.loading import attach_adapter, load_policy, load_tokenizer, prepare_base
 from lm_trust.lm.policy import CausalPolicy
 
@@ -62,7 +63,7 @@ def test_completions_of_mixed_prompts(make_policy, model_folders, architecture, 
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.pad_token_id == (lm.PAD if own_pad else lm.EOS)
     policy = make_policy(path=folder)
-    found = lm.sample(policy, tokenizer, lm.TEXTS * 4, steps=5)
+    found = lm.sample(policy, tokenizer, lm.TEXTS * 8, steps=5)
     steps = found.tokens.shape[1]
     assert steps == found.lengths.max() <= 5
     # All the ways to end are there: at the first token, later, by the limit.
@@ -70,7 +71,7 @@ def test_completions_of_mixed_prompts(make_policy, model_folders, architecture, 
     assert (found.lengths[found.ended] > 1).any()
     assert (~found.ended).any()
     assert (found.lengths[~found.ended] == 5).all()
-    for row, (text, length) in enumerate(zip(lm.TEXTS * 4, found.lengths.tolist(), strict=True)):
+    for row, (text, length) in enumerate(zip(lm.TEXTS * 8, found.lengths.tolist(), strict=True)):
         ids = tokenizer(text)["input_ids"]
         real = found.observations.attention_mask[row]
         assert found.observations.input_ids[row][real].tolist() == ids + found.tokens[row, :length].tolist()
@@ -117,24 +118,11 @@ def test_the_generator_decides_and_moves_on(make_policy, tokenizer, lm):
     assert torch.equal(draw(torch.Generator().manual_seed(7)), first)
 
 
-def capture_scores(policy):
-    """A list that fills with what each token is drawn from: `generate`'s logits after every processor."""
-    generate, drawn_from = policy.causal_lm.generate, []
-
-    def with_scores(**given):
-        found = generate(**given, return_dict_in_generate=True, output_scores=True)
-        drawn_from.extend(found.scores)
-        return found.sequences
-
-    policy.causal_lm.generate = with_scores
-    return drawn_from
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_token_is_drawn_from_the_distribution_that_is_scored(make_policy, tokenizer, lm, temperature):
     """The cached pass of `generate`, padded and in single precision, against the scoring pass: the ratio is 1."""
     policy = make_policy(dtype=torch.float32, temperature=temperature)
-    drawn_from = capture_scores(policy)
+    drawn_from = lm.record_scores(policy)
     completions = lm.sample(policy, tokenizer, lm.TEXTS * 2)
     sampled = torch.stack(drawn_from, 1).log_softmax(-1)
     with torch.no_grad():
@@ -150,7 +138,7 @@ def test_every_token_is_drawn_from_the_distribution_that_is_scored(make_policy, 
 def test_transformers_own_top_k_of_50_is_off(model_folder, tokenizer, lm):
     config = AutoConfig.from_pretrained(model_folder, vocab_size=80)
     policy = CausalPolicy(attach_adapter(prepare_base(AutoModelForCausalLM.from_config(config)), r=2))
-    drawn_from = capture_scores(policy)
+    drawn_from = lm.record_scores(policy)
     lm.sample(policy, tokenizer, steps=2)
     assert all(scores.shape[-1] == 80 and scores.isfinite().all() for scores in drawn_from)
 
@@ -193,3 +181,15 @@ def test_frequencies_follow_the_scores_whatever_the_hub_model_would_have(
         assert stats.chisquare(*fold, sum_check=False).pvalue > 1e-3
     # The test can fail: the other prompt's distribution is another.
     assert (probabilities[0] - probabilities[1]).abs().max() > 0.05
+
+
+def test_rare_words_get_their_share_and_impossible_ones_nothing():
+    """One word of 0.99, and 0.01 shared by 49,000 of 2e-7 each; 1,000 cannot be."""
+    scores = torch.zeros(500, 50_001)
+    scores[:, 0] = math.log(99 * 49_000)
+    scores[:, -1000:] = -torch.inf
+    race = ExponentialRace(2.0, seed=5)
+    drawn = torch.cat([race(None, 2.0 * scores).argmax(-1) for _ in range(8)])
+    rare = (drawn > 0).sum().item()
+    assert stats.binomtest(rare, len(drawn), 0.01).pvalue > 1e-2
+    assert rare > 1 and drawn.max() <= 49_000

@@ -121,7 +121,7 @@ def test_stepping_by_hand_gives_the_batched_rollout(make_policy, tokenizer, envi
     task = lm.task(
         tokenizer,
         rewards=[(lm.letters, 1.0), *PARTS[parts]],
-        batch_size=8,
+        batch_size=16,
         scaling=RewardScaler(*SCALINGS[scaling]),
         **next(settings for settings in SETTINGS if settings["at_limit"] == at_limit),
     )

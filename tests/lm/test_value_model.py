@@ -278,7 +278,7 @@ def test_a_critic_of_its_own_may_be_another_model(make_policy, tokenizer, lm, tm
 def test_an_interrupted_training_goes_on_bit_for_bit(make_policy, make_network, tokenizer, lm, tmp_path, kind):
     def make_trainer():
         policy = make_policy(dtype=torch.float32, moved=False)
-        task = lm.task(tokenizer, batch_size=8, with_features=False, at_limit="bootstrap")
+        task = lm.task(tokenizer, batch_size=24, with_features=False, at_limit="bootstrap")
         critic = SequenceCritic(make_network(kind, policy), minibatches=2, anneal=True, weight_decay=0.1)
         return Trainer(policy, task, critic, TRPO(max_kl=0.01, cg_iterations=3), Gae(gamma=1.0), iterations=4)
 
