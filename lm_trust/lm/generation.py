@@ -205,6 +205,7 @@ def greedy_settings(*, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int)
     """
     return GenerationConfig(
         do_sample=False,
+        repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_ids) or -1,  # in place of None transformers takes the model's own
         pad_token_id=pad_id,

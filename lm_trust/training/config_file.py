@@ -9,19 +9,17 @@ of them come in one `UserError`.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from lm_trust.errors import UserError
-from lm_trust.lm.smollm2 import SMOLLM2
 from lm_trust.training.config import Config, ControlConfig, LanguageConfig
 from lm_trust.training.config_errors import Key, dotted, plain, problems_of, shown
 from lm_trust.training.config_learning import GROUPED
+from lm_trust.training.config_paths import no_such, resolve_paths
 from lm_trust.training.config_stages import RewardModelConfig, SftConfig, StageConfig
 from lm_trust.training.config_yaml import YamlTextError, read_yaml, write_yaml
 
@@ -35,8 +33,6 @@ _COMMANDS = {
     ("environment",): _TRAIN,
 }
 _DEEPEST = 8  # parts of an override's key; no config is nearly as deep
-_MODEL_FILES = ("config.json", "adapter_config.json")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Layer = tuple[str, dict[str, Any]]  # a mapping, and what messages call the place that it comes from
 Root = TypeVar("Root", bound=BaseModel)
@@ -72,8 +68,8 @@ def load_config(
     _require_command(_TRAIN if root is None else _STAGES, stack, path)
     root = root or _world(stack, path)
     config, sources = _validated(root, [(path, _default_kinds(root, stack)), *stack], path, saved=saved)
-    config, found = _resolve(config, path, check_files)
-    if found:
+    config, found = resolve_paths(config, path)
+    if found and check_files:
         raise UserError(_lines(found, sources, path))
     return config
 
@@ -138,7 +134,7 @@ def _layers(path: str, children: tuple[str, ...]) -> Iterator[Layer]:
             raise UserError(f"{plain(path)}: extends: expected the name of a file, got {shown(parent)}")
         parent = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(parent)))
         if not os.path.exists(parent):
-            raise UserError(f"{plain(path)}: extends: {_no_such('file', parent)}")
+            raise UserError(f"{plain(path)}: extends: {no_such('file', parent)}")
         yield from _layers(parent, (*children, real))
     yield path, tree
 
@@ -148,7 +144,7 @@ def _read(path: str) -> str:
         resumed = "; a run goes on by --resume" if os.path.exists(os.path.join(path, "config.yaml")) else ""
         raise UserError(f"{plain(path)}: this is a folder; give a YAML file{resumed}")
     if not os.path.exists(path):
-        raise UserError(_no_such("file", path))
+        raise UserError(no_such("file", path))
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
@@ -258,123 +254,6 @@ def _default_kinds(root: type[Config | StageConfig], layers: Sequence[Layer]) ->
         advantage = section.get("kind", advantage) if isinstance(section, dict) else advantage
     critic = "mlp" if root is ControlConfig else "none" if advantage in GROUPED else "reference_head"
     return {"advantage": {"kind": "gae"}, "critic": {"kind": critic}, "update": {"kind": "trpo"}}
-
-
-# ---- paths
-
-
-def _resolve(
-    config: Config | StageConfig, path: str, check_files: bool
-) -> tuple[Config | StageConfig, list[tuple[Key, str]]]:
-    """The config with its folder chosen and its local paths absolute, and what is wrong with those paths."""
-    stem = os.path.splitext(os.path.basename(path))[0]
-    output = os.path.expanduser(config.output or os.path.join("runs", stem))
-    config = config.model_copy(update={"output": output})
-    if isinstance(config, ControlConfig):
-        return config, []
-    found: list[tuple[Key, str]] = []
-
-    def resolved(section: Any, key: Key, **resolvers: Callable[[str], tuple[str, str | None]]) -> Any:
-        changes = {}
-        for name, resolve in resolvers.items():
-            given = getattr(section, name, None)
-            if given is not None:
-                changes[name], problem = resolve(given)
-                found.extend([((*key, name), problem)] if problem else [])
-        return section.model_copy(update=changes)
-
-    sections: dict[str, Any] = {"model": resolved(config.model, ("model",), path=_base_path, adapter=_adapter_path)}
-    if isinstance(config, LanguageConfig):
-        sections |= {
-            "prompts": resolved(config.prompts, ("prompts",), path=_data_path, heldout=_data_path),
-            "critic": resolved(config.critic, ("critic",), path=_model_path),
-            "rewards": [
-                resolved(reward, ("rewards", str(index)), path=_model_path, embedder=_model_path, ratings=_data_path)
-                for index, reward in enumerate(config.rewards)
-            ],
-        }
-    else:
-        sections["data"] = resolved(config.data, ("data",), path=_data_path, heldout=_data_path)
-    return config.model_copy(update=sections), found if check_files else []
-
-
-def _model_path(path: str) -> tuple[str, str | None]:
-    """A local folder as an absolute path, a name of ours or a hub id as it is; and what is wrong with it."""
-    local = os.path.expanduser(path)
-    if path == SMOLLM2:
-        return path, None
-    if os.path.isdir(local):
-        return os.path.abspath(local), _model_inside(path)
-    if os.path.exists(local):
-        return path, f"expected a model's folder, got a file: {plain(path)}"
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        return os.path.abspath(local), _no_such("folder", path)
-    if not _HUB_ID.fullmatch(path):
-        return path, f"expected {SMOLLM2}, a folder or a hub id, got {shown(path)}"
-    # A slip is told before the hub is asked, which takes most of a minute where there is none.
-    if "/" not in path and difflib.get_close_matches(path.lower(), [SMOLLM2], cutoff=0.75):
-        return path, f"no model {shown(path)} here; did you mean {SMOLLM2}? (a hub id is written owner/name)"
-    return path, None
-
-
-def _model_inside(path: str) -> str | None:
-    """What is wrong with a folder that holds no model where a folder inside it does, as in that of a run."""
-    if _holds(path, *_MODEL_FILES):
-        return None
-    inside = [os.path.join(path, name) for name in ("adapter", "model")]
-    found = next((folder for folder in inside if _holds(folder, *_MODEL_FILES)), None)
-    return found and f"no model in {plain(path)}; did you mean {plain(found)}?"
-
-
-def _base_path(path: str) -> tuple[str, str | None]:
-    """As `_model_path`, of a whole model."""
-    found, problem = _model_path(path)
-    for folder in (path, os.path.join(path, "adapter")):
-        if _holds(folder, "adapter_config.json") and not _holds(path, "config.json"):
-            problem = (
-                f"{plain(folder)} is an adapter and no whole model; give its base, and it as model.adapter of a run"
-            )
-    return found, problem
-
-
-def _holds(folder: str, *names: str) -> bool:
-    return any(os.path.isfile(os.path.join(os.path.expanduser(folder), name)) for name in names)
-
-
-def _adapter_path(path: str) -> tuple[str, str | None]:
-    folder = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(folder):
-        return folder, _no_such("folder", path)
-    if _holds(folder, "adapter_config.json"):
-        return folder, None
-    inside = os.path.join(path, "adapter")
-    hint = f"; did you mean {plain(inside)}?" if _holds(inside, "adapter_config.json") else ""
-    return folder, f"no adapter_config.json in {plain(path)}{hint}"
-
-
-def _data_path(path: str) -> tuple[str, str | None]:
-    """A local file or dataset folder as an absolute path, a hub id as it is; and what is wrong with it."""
-    local = os.path.abspath(os.path.expanduser(path))
-    if os.path.exists(local):
-        return local, None
-    problem = _no_such("file", path)
-    is_hub_id = _HUB_ID.fullmatch(path) and path[0] != "." and not os.path.splitext(path)[1][1:2].isalpha()
-    if is_hub_id and "did you mean" not in problem:
-        return path, None
-    return local, problem
-
-
-def _no_such(what: str, path: str) -> str:
-    """`no such file: X`, with the nearest name in the same folder where there is one."""
-    folder, name = os.path.split(path.rstrip("/"))
-    try:
-        names = os.listdir(os.path.expanduser(folder) or ".")
-    except (OSError, ValueError):
-        names = []
-    near = [other for other in names if name and os.path.splitext(other)[0] == name]
-    near += difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    hint = f"; did you mean {plain(os.path.join(folder, near[0]))}?" if near else ""
-    return f"no such {what}: {plain(path)}{hint}"
 
 
 def _lines(found: list[tuple[Key, str]], sources: dict[Key, str], path: str) -> str:

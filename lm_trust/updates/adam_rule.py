@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lm_trust.core.batch import Batch
 from lm_trust.core.distributions import Distribution
 from lm_trust.core.report import StepReport
-from lm_trust.updates.minibatch_adam import MinibatchAdam, backward
+from lm_trust.updates.backward import backward
+from lm_trust.updates.minibatch_adam import MinibatchAdam
 from lm_trust.updates.reference_budget import ReferenceBudget
 
 

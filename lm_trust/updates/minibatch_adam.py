@@ -19,14 +19,11 @@ from lm_trust.core.adam import adam_step
 from lm_trust.core.at_rest import at_rest
 from lm_trust.core.batch import Batch
 from lm_trust.core.budget import reference_limit
-from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.minibatches import shuffled
 from lm_trust.core.objective import Measurement, SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
-from lm_trust.core.passes import passes
-from lm_trust.core.processes import placed_rows, sum_gradients, summed
+from lm_trust.core.processes import placed_rows
 from lm_trust.core.report import StepReport
-from lm_trust.core.rows import select_rows
 from lm_trust.core.seeding import make_generator
 from lm_trust.core.trust_region import line_search
 from lm_trust.updates.reference_budget import ReferenceBudget
@@ -328,50 +325,3 @@ def _clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> floa
     if norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
     return norm
-
-
-def backward(
-    policy: nn.Module,
-    minibatch: Batch,
-    objective: Callable[..., tuple[Tensor, ...]],
-    *,
-    others: Sequence[Distribution] = (),
-    extras: Sequence[Tensor] = (),
-    microbatch_size: int | None = None,
-) -> list[float]:
-    """Leave the gradient of minus the mean objective in `.grad`, accumulated over microbatches and processes.
-
-    Args:
-        policy: differentiated by autograd.
-        minibatch: its rows that this process holds.
-        objective: of the new distribution, the others, actions, advantages, old_log_prob, mask and the extras (all
-            (B, T)), to the objective of each step and any statistics of each step.
-        others: fixed distributions at the same rows.
-        extras: further tensors of each step.
-        microbatch_size: rows differentiated at a time; changes memory, not the result.
-
-    Returns:
-        The mean of each statistic over the valid steps.
-    """
-    mask = minibatch.mask
-    if mask is None:
-        mask = torch.ones_like(minibatch.advantages, dtype=torch.bool)
-    policy.zero_grad(set_to_none=True)
-    # A masked step may hold anything; a log-probability of zero on both sides keeps it out of the gradient.
-    old_log_prob = torch.where(mask, minibatch.old_log_prob, 0.0)
-    count = summed(mask.sum()).clamp_min(1)
-    means: list[Tensor] = []
-    # A process without a row of the minibatch has its part in the sums, which is zero.
-    for rows in passes(policy, len(minibatch), microbatch_size) or [slice(0)]:
-        values = per_step(
-            objective,
-            [policy.distribution(select_rows(minibatch.observations, rows)), *[other[rows] for other in others]],
-            *[minibatch.actions[rows], minibatch.advantages[rows], old_log_prob[rows], mask[rows]],
-            *[extra[rows] for extra in extras],
-        )
-        each, *statistics = (torch.where(mask[rows], value, 0.0).sum() / count for value in values)
-        (-each).backward()
-        parts = [statistic.detach() for statistic in statistics]
-        means = parts if not means else [mean + part for mean, part in zip(means, parts, strict=True)]
-    sum_gradients(trainable_parameters(policy))
-    return summed(torch.stack(means)).tolist() if means else []

@@ -15,7 +15,8 @@ from lm_trust.core.linearisation import distribution_with_pullback, knows_its_de
 from lm_trust.core.processes import sum_gradients, summed
 from lm_trust.core.report import StepReport
 from lm_trust.core.surrogate import clipped_surrogate, clipped_surrogate_slope
-from lm_trust.updates.minibatch_adam import MinibatchAdam, backward
+from lm_trust.updates.backward import backward
+from lm_trust.updates.minibatch_adam import MinibatchAdam
 from lm_trust.updates.reference_budget import ReferenceBudget
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_policies import MASK, Policy, batch_for, moved, vector_of
 
 from lm_trust.updates import PPOPenalty
-from lm_trust.updates.minibatch_adam import backward
+from lm_trust.updates.backward import backward
 
 
 @pytest.mark.parametrize("kind", ["categorical", "gaussian"])
