@@ -1,6 +1,6 @@
 """Language training side by side with trl: completion tokens per second of whole iterations, and peak memory.
 
-    python benchmarks/lm_training.py --peer-python PATH [--models tiny gpt2] [--iterations N] [--threads N]
+    python benchmarks/lm_training.py --peer-python PATH [--models tiny gpt2 smollm2-135m] [--iterations N] [--threads N]
 
 trl's PPO was last in 1.12, which needs an environment of its own, whose interpreter is given as --peer-python:
 
@@ -13,8 +13,9 @@ RLOO and GRPO are those of the trl that is installed here. Without the peer envi
 An iteration is rollout, reward, reference and update: 64 completions of 48 tokens after 16 prompt tokens, LoRA with
 r=8 on the same modules, microbatches of 16, 4 epochs of one optimizer step (TRPO: one step; PPO-trust: one step of Adam
 under the hard bound), a reference KL of coefficient 0.05, float32, no gradient checkpointing. No completion ends early.
-GPT-2 124M and a tiny GPT-2 (4 layers, 256 wide, a vocabulary of 2,048) have random weights from their configurations;
-their tokens are single characters, so that texts and tokens are the same thing. There are two groups:
+GPT-2 124M and a tiny GPT-2 (4 layers, 256 wide, a vocabulary of 2,048) have random weights from their configurations,
+SmolLM2-135M has its own. Tokens are single characters, so that texts and tokens are the same thing. There are two
+groups:
 
 - beside trl's PPO, with a reward model of the policy's size. trl's value model is a third model of that size, all of
   whose weights are trained. Our critic is a head on the reference's hidden states; "own critic" is a model of its own
@@ -44,15 +45,24 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lm_trust.lm.pretrained import quiet
+from lm_trust.lm.smollm2 import SMOLLM2, smollm2_folder
 
 PROGRAMS = Path(__file__).with_name("programs")
 sys.path.append(str(PROGRAMS))
 from language_turns import CLOCKS, Settings  # noqa: E402
 
 GPT2 = {"tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 2048}, "gpt2": {}}
+TARGETS = {"tiny": ("c_attn",), "gpt2": ("c_attn",), SMOLLM2: ("q_proj", "v_proj")}  # the modules with an adapter
 FIRST_CHARACTER = 0xF0000  # of Unicode's private use: 65,534 characters without a meaning
 PROMPTS = 640
 NEVER = 12.0  # the logit of a token that is not drawn is this much lower
@@ -91,23 +101,48 @@ GROUPS = {"ppo": WITH_REWARD_MODEL, "rloo-grpo": WITH_FUNCTION}
 
 def write_models(name: str, settings: Settings) -> None:
     """The policy, the reward model and the prompts, each model with its tokenizer."""
-    end = GPT2[name].get("vocab_size", GPT2Config().vocab_size) - 1
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    config = GPT2Config(**GPT2[name], **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     torch.manual_seed(0)
-    policy = GPT2LMHeadModel(config)
-    with torch.no_grad():  # the last bias speaks against the end of sequence
-        direction = policy.lm_head.weight[end]
-        policy.transformer.ln_f.bias -= NEVER * direction / direction.norm() ** 2
+    policy = smollm2() if name == SMOLLM2 else random_gpt2(GPT2[name])
     policy.save_pretrained(settings.policy)
-    config.num_labels = 1
-    GPT2ForSequenceClassification(config).save_pretrained(settings.reward_model)
-    tokenizer = character_tokenizer(config.vocab_size)
+    end = policy.config.eos_token_id
+    policy.config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(policy.config).save_pretrained(settings.reward_model)
+    tokenizer = character_tokenizer(policy.config.vocab_size)
     for folder in (settings.policy, settings.reward_model):
         tokenizer.save_pretrained(folder)
     tokens = torch.randint(end, (PROMPTS, settings.prompt))
     lines = [json.dumps({"prompt": tokenizer.decode(row)}) for row in tokens.tolist()]
     Path(settings.prompts).write_text("\n".join(lines) + "\n")
+
+
+def random_gpt2(sizes: dict[str, int]) -> PreTrainedModel:
+    """A GPT-2 of random weights; its last token, which ends a text, is not drawn."""
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    policy = GPT2LMHeadModel(config)
+    end = make_last_token_end(policy)
+    with torch.no_grad():  # the last bias speaks against the end of sequence
+        direction = policy.lm_head.weight[end]
+        policy.transformer.ln_f.bias -= NEVER * direction / direction.norm() ** 2
+    return policy
+
+
+def smollm2() -> PreTrainedModel:
+    """SmolLM2-135M, but that its last token, which is not drawn, ends a text."""
+    policy = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    end = make_last_token_end(policy)
+    with torch.no_grad():  # what all hidden states have in common speaks against the end of sequence
+        hidden = policy.model(torch.randint(end, (16, 64))).last_hidden_state
+        common = hidden.mean((0, 1))
+        policy.get_output_embeddings().weight[end] = -NEVER * common / common.norm() ** 2
+    return policy
+
+
+def make_last_token_end(policy: PreTrainedModel) -> int:
+    """Texts end by the last token of the vocabulary, which begins and pads them, too."""
+    end = policy.config.vocab_size - 1
+    for config in (policy.config, policy.generation_config):
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = end
+    return end
 
 
 def character_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -188,7 +223,7 @@ def print_table(model: str, players: Sequence[Player], settings: Settings) -> No
     tokens = settings.rows * settings.steps
     peers = [player for player in players if player.competitor.peer]
     heads = "".join(f"{'speed/' + name:>12}{'memory/' + name:>13}" for name in (p.competitor.rule for p in peers))
-    print(f"\n{'':5} {'':24} {'tokens/s':>9} {'least to most':>18} {'seconds':>8} {'MiB':>7}{heads}")
+    print(f"\n{'':12} {'':24} {'tokens/s':>9} {'least to most':>18} {'seconds':>8} {'MiB':>7}{heads}")
     for player in players:
         speeds = [tokens / seconds for seconds in player.seconds]
         added = player.peak_mib - player.loaded_mib
@@ -197,7 +232,7 @@ def print_table(model: str, players: Sequence[Player], settings: Settings) -> No
             rounds = [theirs / own for own, theirs in zip(player.seconds, peer.seconds, strict=True)]
             ratios += f"{statistics.median(rounds):>11.2f}x{added / (peer.peak_mib - peer.loaded_mib):>12.2f}x"
         print(
-            f"{model:5} {player.competitor.label:24} {statistics.median(speeds):>9,.1f} "
+            f"{model:12} {player.competitor.label:24} {statistics.median(speeds):>9,.1f} "
             f"{f'{min(speeds):,.1f} to {max(speeds):,.1f}':>18} {statistics.median(player.seconds):>8.2f} "
             f"{added:>7,.0f}{ratios}",
             flush=True,
@@ -214,7 +249,7 @@ def peer_version(python: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", choices=GPT2, default=list(GPT2))
+    parser.add_argument("--models", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--against", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of competitors")
     parser.add_argument("--iterations", type=int, default=5, help="of each competitor, of which the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of each competitor")
@@ -233,7 +268,8 @@ def main() -> None:
     for model in given.models:
         for group in given.against:
             with tempfile.TemporaryDirectory() as folder:
-                settings = Settings(folder, rows=given.rows, microbatch=min(given.rows, Settings.microbatch))
+                microbatch = min(given.rows, Settings.microbatch)
+                settings = Settings(folder, TARGETS[model], rows=given.rows, microbatch=microbatch)
                 with quiet(bars=False):
                     write_models(model, settings)
                 present = [one for one in GROUPS[group] if peer or one != TRL_PPO]

@@ -23,7 +23,7 @@ RULES = ("trpo", "ppo_trust", "ppo", "ppo_own_critic", "trpo_grouped", "ppo_trus
 def build(rule: str, settings: Settings) -> Trainer:
     grouped = rule.endswith("grouped")
     updates = {
-        "trpo": {"kind": "trpo", "max_kl": 0.02, "damping": 0.03, "cg_iterations": 2, "fisher_fraction": 0.25},
+        "trpo": {"kind": "trpo", "max_kl": 0.02, "damping": 0.1, "cg_iterations": 2, "fisher_fraction": 0.25},
         "ppo_trust": {"kind": "ppo_trust", "max_kl": 0.02, "epochs": 1, "minibatches": 1, "learning_rate": 0.003},
         "ppo": {
             "kind": "ppo_clip",
@@ -59,8 +59,7 @@ def build(rule: str, settings: Settings) -> Trainer:
         "advantage": {"kind": "leave_one_out"} if grouped else gae,
         "critic": {"kind": "none"} if grouped else critic,
         "update": updates[rule.removesuffix("_own_critic").removesuffix("_grouped")],
-        # TRPO as the demo has it, by the exact KL in the objective; the rest as the peers, in the reward.
-        "reference": {"loss": settings.penalty} if rule.startswith("trpo") else {"penalty": settings.penalty},
+        "reference": {"penalty": settings.penalty},
     }
     return build_world(LanguageConfig.model_validate(config)).trainer
 

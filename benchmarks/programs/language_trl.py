@@ -74,7 +74,7 @@ def lora(settings: Settings) -> LoraConfig:
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=list(settings.targets),
-        fan_in_fan_out=True,  # GPT-2's linear layers are transposed
+        fan_in_fan_out="c_attn" in settings.targets,  # GPT-2's linear layers are transposed
         task_type="CAUSAL_LM",
     )
 

@@ -25,6 +25,7 @@ class Settings:
     """What every competitor is given; models, prompts and reward model are in `folder`."""
 
     folder: str
+    targets: tuple[str, ...]  # the modules with an adapter
     rows: int = 64  # completions an iteration
     prompt: int = 16  # tokens of a prompt
     steps: int = 48  # tokens of a completion, none of which ends early
@@ -33,7 +34,6 @@ class Settings:
     microbatch: int = 16  # sequences differentiated at a time
     rank: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = ("c_attn",)
     learning_rate: float = 3e-4
     clip: float = 0.2
     penalty: float = 0.05  # coefficient of the reference KL
