@@ -44,6 +44,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from lm_update import GPT2  # beside this file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -61,7 +62,6 @@ PROGRAMS = Path(__file__).with_name("programs")
 sys.path.append(str(PROGRAMS))
 from language_turns import CLOCKS, Settings  # noqa: E402
 
-GPT2 = {"tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 2048}, "gpt2": {}}
 TARGETS = {"tiny": ("c_attn",), "gpt2": ("c_attn",), SMOLLM2: ("q_proj", "v_proj")}  # the modules with an adapter
 FIRST_CHARACTER = 0xF0000  # of Unicode's private use: 65,534 characters without a meaning
 PROMPTS = 640

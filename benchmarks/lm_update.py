@@ -48,12 +48,12 @@ from lm_trust.core.preconditioner import gradient_preconditioner
 from lm_trust.lm.generation import sample_completions
 from lm_trust.lm.loading import attach_adapter, load_policy, prepare_base
 from lm_trust.lm.policy import CausalPolicy
+from lm_trust.lm.smollm2 import SMOLLM2
 from lm_trust.training.build import build_world
 from lm_trust.training.config_file import load_config
 from lm_trust.updates import TRPO, PPOClip
 
 GPT2 = {"tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 2048}, "gpt2": {}}
-SMOLLM2 = "smollm2-135m"
 MAX_KL, DAMPING = 0.02, 0.03
 WARM_UP_STEPS, WARM_UP_SHAPE = 2, (16, 16, 32)
 FRACTIONS, ITERATIONS = (1.0, 0.66, 0.5, 0.25), (1, 2, 3, 4, 10)
@@ -105,8 +105,12 @@ def warmed_up(policy: CausalPolicy, shape: tuple[int, int, int]) -> Batch:
 def sentiment_batches(shape: tuple[int, int, int], batches: int) -> tuple[CausalPolicy, list[Batch]]:
     """SmolLM2 after a few iterations on movie reviews, and batches of it; prompts are as long as they are."""
     rows, _, steps = shape
-    settings = {"rollout.batch_size": rows, "rollout.max_new_tokens": steps, "rollout.microbatch_size": rows}
-    settings |= {"model.lora.targets": "null"}  # queries and values, as the other models have them
+    settings = {
+        "rollout.batch_size": rows,
+        "rollout.max_new_tokens": steps,
+        "rollout.microbatch_size": rows,
+        "model.lora.targets": "null",  # queries and values, as the other models have them
+    }
     overrides = [(key, str(value)) for key, value in settings.items()]
     trainer = build_world(load_config("configs/lm/sentiment_trpo.yaml", overrides)).trainer
     for _ in range(WARM_UP_STEPS):
