@@ -70,8 +70,8 @@ def reward_at(curve: Curve, kl: float) -> float | None:
 
 
 def _on_scale(curve: Curve, *kls: float) -> Sequence[float]:
-    """KLs where the reward is linear in them."""
-    return np.sqrt(kls) if curve.by_root else kls
+    """KLs where the reward is linear in them; earlier versions noted below zero what rounding had left of none."""
+    return np.sqrt(np.maximum(kls, 0.0)) if curve.by_root else kls
 
 
 def _evaluated(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

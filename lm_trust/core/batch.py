@@ -28,6 +28,7 @@ class Rollout:
         mask: (B, T) bool, True at real actions.
         critic_inputs: what the critic's network takes at each step, (B, T, ...); None where there is no critic.
         next_critic_inputs: the same for the state that each action led to, (B, T, ...).
+        old: the distribution that sampled, detached; None where the policy is to compute it from the observations.
         reference: the frozen reference policy's distribution at the same steps, where there is one.
         engine_log_prob: (B, T) log-probabilities by which a generation engine drew the actions, nats; None where they
             were drawn from the policy's own distribution.
@@ -45,6 +46,7 @@ class Rollout:
     mask: Tensor
     critic_inputs: Tensor | None = None
     next_critic_inputs: Tensor | None = None
+    old: Distribution | None = None
     reference: Distribution | None = None
     engine_log_prob: Tensor | None = None
     group_size: int = 1

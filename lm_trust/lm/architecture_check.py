@@ -1,4 +1,4 @@
-"""Whether a language model computes as a policy needs it: a plain head, and states of the past alone.
+"""Whether a language model computes as a policy needs it: a plain head, and states of the past alone, cached or not.
 
 Scores are computed from hidden states through the output embedding, of prompts padded on the left. A model of another
 kind would be drawn from by one distribution and scored by another.
@@ -25,6 +25,7 @@ def check_architecture(model: nn.Module) -> None:
     try:
         states = model.base_model(**inputs).last_hidden_state
         plain, causal = _has_plain_head(model, inputs, states), _sees_the_past_alone(model, ids, states)
+        cached = _finds_it_in_its_cache(model, inputs, states)
     except Exception as error:
         raise UserError(f"model.path: {name} cannot be run as a policy: {first_line(error)}") from error
     if not plain:
@@ -36,6 +37,11 @@ def check_architecture(model: nn.Module) -> None:
         raise UserError(
             f"model.path: {name} computes another state for a token where padding stands before it or a token behind "
             "it; prompts of different lengths need a causal model that takes an attention mask and position ids"
+        )
+    if not cached:
+        raise UserError(
+            f"model.path: {name} computes another state for a token from its cache than without one; it would be drawn "
+            "from by one distribution and scored by another"
         )
 
 
@@ -72,7 +78,21 @@ def _sees_the_past_alone(model: nn.Module, ids: torch.Tensor, states: torch.Tens
     mask[:, 0] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     among = model.base_model(input_ids=row, attention_mask=mask, position_ids=positions, use_cache=False)
-    difference = (among.last_hidden_state[:, 1:-1] - states).norm(dim=-1)
-    # Rounding is far below this, and a position or a token too many far above.
-    tolerance = torch.finfo(states.dtype).eps ** 0.5
-    return bool((difference <= tolerance * states.norm(dim=-1)).all())
+    return _same(among.last_hidden_state[:, 1:-1], states)
+
+
+def _finds_it_in_its_cache(model: nn.Module, inputs: dict[str, torch.Tensor], states: torch.Tensor) -> bool:
+    """Whether the last of T tokens has its state (1, T, H) also where those before it are cached, if they can be."""
+    ids = inputs["input_ids"]
+    before = model.base_model(input_ids=ids[:, :-1], attention_mask=inputs["attention_mask"][:, :-1], use_cache=True)
+    cache = getattr(before, "past_key_values", None)
+    if cache is None:
+        return True
+    last = model.base_model(input_ids=ids[:, -1:], attention_mask=inputs["attention_mask"], past_key_values=cache)
+    return _same(last.last_hidden_state, states[:, -1:])
+
+
+def _same(states: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether states (..., H) are equal but for rounding; a position or a token too many is far above that."""
+    tolerance = torch.finfo(others.dtype).eps ** 0.5
+    return bool(((states - others).norm(dim=-1) <= tolerance * others.norm(dim=-1)).all())

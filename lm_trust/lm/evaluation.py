@@ -53,7 +53,8 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
             base = policy.distribution(completions.observations)
     kl = torch.where(mask, own.kl(reference), 0.0).sum(-1)
     nats = torch.tensor(-mean(base.log_prob(tokens), mask), dtype=torch.float64)
-    return {"reference_kl": mean(kl), "perplexity": nats.exp().item()}
+    # Of two nearly equal policies rounding can leave a sum below zero, which no divergence has.
+    return {"reference_kl": max(mean(kl), 0.0), "perplexity": nats.exp().item()}
 
 
 def evaluation_record(

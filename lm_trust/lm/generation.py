@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lm_trust.lm.policy import CausalPolicy, TokenObservations
+from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Completions:
         ended: (B,) bool, whether the last token is an end of sequence; otherwise the length limit cut it.
         engine_log_prob: (B, T) log-probabilities by which the engine drew the tokens, nats; None where it draws from
             what the policy scores.
+        step_states: (B, T, H) the policy's, from which the tokens were drawn; None where the engine's are not those
+            that scoring computes.
     """
 
     observations: TokenObservations
@@ -33,6 +36,7 @@ class Completions:
     lengths: Tensor
     ended: Tensor
     engine_log_prob: Tensor | None = None
+    step_states: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -117,6 +121,7 @@ def complete(
     *,
     eos_ids: Sequence[int],
     engine_log_prob: Tensor | None = None,
+    step_states: Tensor | None = None,
 ) -> Completions:
     """Completions from prompts (B, P) and generated tokens (B, T): each ends at its first end of sequence."""
     steps = tokens.shape[1]
@@ -128,7 +133,14 @@ def complete(
     observations = TokenObservations(
         torch.cat([prompts, tokens], -1), torch.cat([prompt_mask, real], -1), prompts.shape[1]
     )
-    return Completions(observations, tokens, lengths, ended, engine_log_prob)
+    return Completions(observations, tokens, lengths, ended, engine_log_prob, step_states)
+
+
+def drawn_from(policy: CausalPolicy, completions: Completions) -> VocabularyCategorical:
+    """The distribution that the tokens were drawn from, of the policy that drew them: (B, T) categoricals over V."""
+    if completions.step_states is None:
+        return policy.distribution(completions.observations)
+    return policy.head(completions.step_states)
 
 
 @contextmanager
@@ -238,7 +250,7 @@ def sample_completions(
     prompts, prompt_mask = (tensor.to(policy.device) for tensor in left_pad(prompt_ids, pad_id))
     settings = greedy_settings(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
     broken = EndWhereBroken(eos_ids[0] if eos_ids else pad_id, policy.temperature)
-    with seeded(policy.device, generator) as seed, policy.generating():
+    with seeded(policy.device, generator) as seed, policy.generating(), _kept_states(policy) as states:
         sequences = policy.causal_lm.generate(
             input_ids=prompts,
             attention_mask=prompt_mask.long(),
@@ -246,4 +258,19 @@ def sample_completions(
             logits_processor=LogitsProcessorList([broken, ExponentialRace(policy.temperature, seed)]),
             synced_gpus=policy.sharded,  # go on until the last process's rows have ended
         )
-    return complete(prompt_mask, prompts, sequences[:, prompts.shape[1] :], eos_ids=eos_ids)
+    tokens = sequences[:, prompts.shape[1] :]
+    # In half precision the same state, computed alone and among others, differs by its rounding.
+    step_states = torch.stack(states[: tokens.shape[1]], 1) if policy.autocast is None else None
+    return complete(prompt_mask, prompts, tokens, eos_ids=eos_ids, step_states=step_states)
+
+
+@contextmanager
+def _kept_states(policy: CausalPolicy) -> Iterator[list[Tensor]]:
+    """Within the context each pass of `generate` leaves the hidden states (B, H) that it draws from."""
+    states: list[Tensor] = []
+    head = policy.causal_lm.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, given: states.append(given[0][:, -1]))
+    try:
+        yield states
+    finally:
+        handle.remove()

@@ -183,7 +183,7 @@ class Trainer:
         started = time.perf_counter()
         rollout = self._collect()
         with torch.no_grad():
-            old = self.policy.distribution(rollout.observations).detach()
+            old = self.policy.distribution(rollout.observations).detach() if rollout.old is None else rollout.old
             scores, metrics = self._score(rollout, old)
             metrics |= mismatch_metrics(self.mismatch, rollout, scores["log-probability"])
         self._task_before_collect = None
@@ -236,7 +236,8 @@ class Trainer:
         if rest:
             reference_log_prob, kl = rest
             scores |= {"reference log-probability": reference_log_prob, "reference KL": kl}
-            metrics["reference_kl"] = mean(torch.where(rollout.mask, kl, 0.0).sum(-1))
+            # Of two equal policies rounding can leave a sum below zero, which no divergence has.
+            metrics["reference_kl"] = max(mean(torch.where(rollout.mask, kl, 0.0).sum(-1)), 0.0)
             if self.reference_penalty:
                 log_ratio = torch.where(rollout.mask, log_prob - reference_log_prob, 0.0)
                 rewards = rewards - self.reference_penalty * log_ratio

@@ -47,6 +47,11 @@ def test_between_equal_rewards_lies_that_reward(by_root):
     assert {reward_at(run, kl) for kl in np.linspace(0, 3.1, 97)} == {500.0}
 
 
+def test_a_kl_that_rounding_left_below_zero_is_none():
+    start = Curve("trpo", 0.01, 0, np.array([0, -1e-8, 1.0]), np.array([0.1, 0.2, 0.6]), by_root=True)
+    assert reward_at(start, 0.25) == pytest.approx(0.4)
+
+
 def test_a_kl_that_is_never_reached_has_no_reward():
     assert reward_at(curve([0, 1, 3], [0.1, 0.5, 0.7]), 3.01) is None
     assert reward_at(curve([1, 2], [0.1, 0.5]), 0.5) is None

@@ -81,6 +81,19 @@ def test_a_policy_at_its_start_is_no_nat_away(make_policy, tokenizer, lm):
     assert found["reference_kl"] == pytest.approx(0, abs=1e-10)
 
 
+@torch.no_grad()
+def test_no_kl_is_below_zero_whatever_rounding_leaves(make_policy, tokenizer, lm):
+    policy, sums = make_policy(moved=False, dtype=torch.float32), []
+    for seed in range(8):
+        completions = lm.sample(lm.move(policy, seed, scale=1e-6), tokenizer, seed=seed)
+        own = policy.distribution(completions.observations)
+        with policy.as_reference():
+            kl = own.kl(policy.distribution(completions.observations))
+        sums.append(kl[completions.mask].sum().item())
+        assert 0 <= divergence_and_perplexity(policy, completions)["reference_kl"] < 1e-5
+    assert min(sums) < 0  # as it was
+
+
 def test_a_perplexity_beyond_all_floats_ends_nothing(policy, tokenizer, lm):
     policy.temperature = 1e-4
     assert divergence_and_perplexity(policy, lm.sample(policy, tokenizer))["perplexity"] == math.inf

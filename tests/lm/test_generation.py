@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from lm_trust.lm.generation import ExponentialRace, complete, left_pad, sample_completions
+from lm_trust.lm.generation import ExponentialRace, complete, drawn_from, left_pad, sample_completions
 from lm_trust.lm.loading import attach_adapter, load_policy, load_tokenizer, prepare_base
 from lm_trust.lm.policy import CausalPolicy
 
@@ -133,6 +134,31 @@ def test_every_token_is_drawn_from_the_distribution_that_is_scored(make_policy, 
     ratio = (scored.log_prob(completions.tokens) - chosen).exp()[mask]
     assert (ratio - 1).abs().max() < 1e-4
     assert mask.sum(-1).unique().numel() > 1
+
+
+@pytest.mark.parametrize("trained", ["adapter", "all weights"])
+def test_the_states_that_are_kept_are_those_that_scoring_computes(make_policy, tokenizer, lm, trained):
+    r = 2 if trained == "adapter" else None
+    policy = lm.move(make_policy(moved=False, dtype=torch.float32, temperature=0.7, r=r), scale=0.05)
+    found = lm.sample(policy, tokenizer, lm.TEXTS * 12)
+    mask = found.mask
+    assert mask.sum(-1).unique().numel() > 1 and not found.observations.attention_mask[:, 0].all()
+    with torch.no_grad():
+        scored = policy.distribution(found.observations)
+        kept = drawn_from(policy, found)
+        forgotten = drawn_from(policy, replace(found, step_states=None))
+    assert found.step_states.shape == scored.hidden.shape and not found.step_states.requires_grad
+    torch.testing.assert_close(found.step_states[mask], scored.hidden[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        kept.log_prob(found.tokens)[mask], scored.log_prob(found.tokens)[mask], rtol=0, atol=1e-5
+    )
+    assert torch.equal(forgotten.hidden, scored.hidden)
+    assert not policy.causal_lm.get_output_embeddings()._forward_pre_hooks
+
+
+def test_in_half_precision_scoring_computes_the_states_itself(make_policy, tokenizer, lm):
+    found = lm.sample(make_policy(dtype=torch.float32, autocast="bfloat16"), tokenizer)
+    assert found.step_states is None
 
 
 def test_transformers_own_top_k_of_50_is_off(model_folder, tokenizer, lm):

@@ -269,6 +269,16 @@ def test_a_model_whose_states_depend_on_padding_or_later_tokens_is_refused_by_na
     one_line(error)
 
 
+def test_a_model_whose_cache_leads_to_another_state_is_refused_by_name():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SMALL))
+    assert prepare_base(model) is model
+    forward = model.model.forward
+    model.model.forward = lambda past_key_values=None, **given: forward(**given)
+    with pytest.raises(UserError, match=r"^model\.path: LlamaForCausalLM computes another state .* cache") as error:
+        prepare_base(model)
+    one_line(error)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_refuses_no_model(dtype, model_folder):
     prepare_base(AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype))

@@ -106,6 +106,18 @@ def test_the_reference_and_its_states(make_policy, tokenizer, lm):
     assert not rollout.next_critic_inputs.requires_grad
 
 
+def test_the_old_policy_is_the_one_that_drew_and_takes_no_pass(make_policy, tokenizer, lm):
+    policy, passes = make_policy(), []
+    hidden_states = policy.hidden_states
+    policy.hidden_states = lambda observations: passes.append(len(observations)) or hidden_states(observations)
+    rollout = lm.task(tokenizer, batch_size=8).collect(policy)
+    assert passes == [8]  # the reference's
+    with torch.no_grad():
+        expected = policy.distribution(rollout.observations)
+    torch.testing.assert_close(rollout.old.hidden[rollout.mask], expected.hidden[rollout.mask], rtol=0, atol=1e-9)
+    assert not rollout.old.hidden.requires_grad
+
+
 def test_without_a_critic_no_states_are_kept(make_policy, tokenizer, lm):
     rollout = lm.task(tokenizer, with_features=False).collect(make_policy())
     assert rollout.critic_inputs is None
