@@ -81,6 +81,11 @@ def _evaluated(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return places[finite], rewards[finite]
 
 
+def unfinished_runs(report: Record, rule: str) -> int:
+    """How many of a rule's runs have failed, were stopped or never began: what they would have reached is not known."""
+    return sum(cell["rule"] == rule and cell["status"] != "finished" for cell in report.get("cells") or ())
+
+
 def limit_at(limit: Record | None, kl: float) -> dict[str, float | None] | None:
     """The reward and interval of the limit's tilted reference at a KL, linear between its points; None outside."""
     rows = sorted((limit or {}).get("tilted") or (), key=lambda row: row["kl"])

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from lm_trust.compare.frontier import limit_at
+from lm_trust.compare.frontier import limit_at, unfinished_runs
 from lm_trust.compare.statistics import known
 from lm_trust.compare.words import cell_name, knob_text, nats_text, number_text
 from lm_trust.training.run_folder import Record
@@ -42,14 +42,21 @@ def matched(report: Record) -> list[dict[str, Any]]:
                 mean = estimate(row["mean"], row["low"], row["high"])
                 iqm = estimate(row["iqm"], row["iqm_low"], row["iqm_high"])
                 if row["mean"] is None:
-                    mean, iqm = f"{missed} {seeds - reached} of {seeds} seeds", MISSING
+                    mean, iqm = _why_none(report, row["rule"], f"{missed} {seeds - reached} of {seeds} seeds"), MISSING
                 rows.append([row["rule"], mean, iqm, knob_text(row["value"]) or MISSING, str(seeds)])
         of_runs, seeds = {row[0] for row in rows}, len(report.get("seeds") or ())
         for rule in report.get("rules") or ():
-            if rule["name"] not in of_runs:  # it has no curve: its runs failed, or are not there yet
-                rows.append([rule["name"], f"{missed} {seeds} of {seeds} seeds", MISSING, MISSING, str(seeds)])
+            if rule["name"] not in of_runs:  # it has no curve
+                why = _why_none(report, rule["name"], f"{missed} {seeds} of {seeds} seeds")
+                rows.append([rule["name"], why, MISSING, MISSING, str(seeds)])
         groups.append({"kl": nats_text(kl), "rows": rows, "limit": _most(report, kl)})
     return groups
+
+
+def _why_none(report: Record, rule: str, missed: str) -> str:
+    """Why a rule has no mean at a KL: its runs missed it, unless some have not finished and might not have."""
+    unfinished = unfinished_runs(report, rule)
+    return f"{unfinished} run{'' if unfinished == 1 else 's'} not finished" if unfinished else missed
 
 
 def _most(report: Record, kl: float) -> str | None:

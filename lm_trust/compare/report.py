@@ -66,7 +66,7 @@ def make_report(
         "limit": limit and limit | {"of_seed": _of_seed(comparison)},
         "one_update": one_update,
         "errors": dict(errors),
-        "completions": side_by_side(results, _shown_values(comparison, matched), config.seeds[0]) if language else [],
+        "completions": side_by_side(results, _values_read(comparison, matched), config.seeds[0]) if language else [],
     }
     report["summary"] = summarise(report, curves)
     return report, table(results)
@@ -128,7 +128,7 @@ def _frontier(curves: Sequence[Curve], seeds: int) -> list[dict[str, Any]]:
     return entries
 
 
-def _shown_values(comparison: Comparison, matched: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def _values_read(comparison: Comparison, matched: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """The value of each rule's knob whose completions are shown: that of the largest KL it is compared at."""
     values = {rule: cell.value for rule, cell in comparison.first_cells.items()}
     chosen = {

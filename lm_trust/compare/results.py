@@ -6,6 +6,7 @@ language world. A control run has no reference: there it is the mean exact step 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -243,19 +244,31 @@ def side_by_side(results: Sequence[CellResult], chosen: dict[str, float | None],
     }
     if not runs:
         return []
-    before = next(iter(runs.values())).samples["before"]
+    texts = {rule: _by_prompt(one.samples["after"]) for rule, one in runs.items()}
+    before = max((one.samples["before"] for one in runs.values()), key=len)
     return [
         {
             "prompt": sample["prompt"],
             "reference": {key: sample[key] for key in ("completion", "reward")},
             "rules": {
                 rule: {
-                    **{key: one.samples["after"][row][key] for key in ("completion", "reward")},
+                    **{key: texts[rule][place][key] for key in ("completion", "reward")},
                     "value": one.cell.value,
                     "kl": one.summary["reference_kl"],
                 }
                 for rule, one in runs.items()
+                if place in texts[rule]
             },
         }
-        for row, sample in enumerate(before)
+        for place, sample in _by_prompt(before).items()
     ]
+
+
+def _by_prompt(samples: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    """Samples by their prompt and how many before them have it: a rule may be evaluated on others, or on fewer."""
+    seen: Counter[str] = Counter()
+    places = {}
+    for sample in samples:
+        places[sample["prompt"], seen[sample["prompt"]]] = sample
+        seen[sample["prompt"]] += 1
+    return places

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from lm_trust.compare import forked
 from lm_trust.compare.config import Cell
+from lm_trust.compare.statistics import known
 from lm_trust.errors import UserError
 from lm_trust.training.config import Config
 from lm_trust.training.config_file import dump, load_config
@@ -157,8 +158,9 @@ def _ended(attempt: _Attempt) -> str:
     minutes = f"{(time.monotonic() - attempt.started) / 60:.1f} min"
     if attempt.process.exitcode == 0 and is_finished(cell.folder):
         after = RunFolder(cell.folder).evaluation()["after"]
-        kl = f" at {after['reference_kl']:.2f} nats" if "reference_kl" in after else ""
-        return f"{cell.name}: {after['reward_mean']:.4g}{kl}, {minutes}"
+        reward = f"{after['reward_mean']:.4g}" if known(after["reward_mean"]) else "no finite reward"
+        kl = f" at {after['reference_kl']:.2f} nats" if known(after.get("reference_kl")) else ""
+        return f"{cell.name}: {reward}{kl}, {minutes}"
     reason = _last_words(attempt)
     with suppress(OSError):  # a disk that is full is often what ended the run
         _failure_file(cell).write_text(reason, encoding="utf-8")

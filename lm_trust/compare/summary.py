@@ -8,7 +8,7 @@ from math import comb
 
 import numpy as np
 
-from lm_trust.compare.frontier import Curve, limit_at, limit_of_other_prompts, reward_at
+from lm_trust.compare.frontier import Curve, limit_at, limit_of_other_prompts, reward_at, unfinished_runs
 from lm_trust.compare.statistics import bootstrap_mean, known
 from lm_trust.compare.words import nats_text, number_text
 from lm_trust.intervals import clustered_mean
@@ -64,14 +64,15 @@ def _at_kl(report: Record, curves: Sequence[Curve], kl: float, of: str) -> list[
     unranked = [rule["name"] for rule in report["rules"] if rule["name"] not in ranked]
     place = f"At {nats_text(kl)} of {of}"
     if report["world"] == "language":
-        reached, missed = "reached it", "did not reach it"
+        reached, missed = "reached it", "a seed did not reach it"
     else:  # a seed's curve begins at its run of the least KL, so that one may lie beyond this KL
-        reached, missed = "has runs on both sides of it", "has no runs on both sides of it"
+        reached, missed = "has runs on both sides of it", "a seed has no runs on both sides of it"
     if not rows:
         return [f"{place} there is nothing to compare: no rule {reached} with all seeds."]
     return [
         *_ranking(place, rows, unranked, partial(paired_difference, curves, kl)),
-        *_unranked(unranked, missed),
+        *_unranked([rule for rule in unranked if unfinished_runs(report, rule)], "not all runs finished"),
+        *_unranked([rule for rule in unranked if not unfinished_runs(report, rule)], missed),
         *_share_of_limit(report, rows[0]),
     ]
 
@@ -101,11 +102,11 @@ def _finals(report: Record) -> list[str]:
         return _paired(rewards[best["rule"]], rewards[row["rule"]], confidence)
 
     sentences = _ranking("At the end", rows, unranked, difference)
-    return [*sentences, *_unranked(unranked, "did not finish")]
+    return [*sentences, *_unranked(unranked, "not all runs finished")]
 
 
-def _unranked(rules: Sequence[str], what: str) -> list[str]:
-    return [f"Not ranked, because a seed {what}: {_list(rules)}."] if rules else []
+def _unranked(rules: Sequence[str], why: str) -> list[str]:
+    return [f"Not ranked, because {why}: {_list(rules)}."] if rules else []
 
 
 def _ranking(
@@ -114,7 +115,8 @@ def _ranking(
     """Which rule has the highest mean, and whose lead is supported.
 
     The best is chosen by the same runs that it is then compared by, which might have chosen any pair: the intervals are
-    those of all pairs together, by Bonferroni. Of rules that are alike at least 95 % of such rankings claim no lead.
+    those of all pairs together, by Bonferroni. Of rules that are alike at least 95 % of such rankings claim no lead, if
+    all have as many knob values: the best of several is chosen by the same runs, too.
 
     Args:
         place: where that is, as a sentence begins.
@@ -224,12 +226,14 @@ def _bounds(report: Record) -> list[str]:
                 f"{rule['name']} kept its bound on the exact step KL {kept} of {updates} updates{without}."
             )
         else:
-            means = [cell["step_kl"] for cell in cells]
-            mean = " to ".join(dict.fromkeys(f"{end(means):.2g}" for end in (min, max)))
+            # The mean of a run that was stopped is of its first updates, which are not like the others.
+            means = [cell["step_kl"] for cell in cells if cell["status"] == "finished"]
+            ends = " to ".join(dict.fromkeys(f"{end(means):.2g}" for end in (min, max))) if means else ""
+            average = f"its finished runs had {ends} nats a {step} on average, and " if means else ""
             highest = max(cell["step_kl_mean_max"] for cell in cells)
             sentences.append(
-                f"{rule['name']} has no bound on the step KL: its runs had {mean} nats a {step} on average and up to "
-                f"{highest:.2g} in one of {updates} updates{without}."
+                f"{rule['name']} has no bound on the step KL: {average}the furthest of {updates} updates went "
+                f"{highest:.2g} nats a {step}{without}."
             )
     return sentences
 

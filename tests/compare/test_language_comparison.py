@@ -1,12 +1,14 @@
 """A small comparison of language runs: two rules, two seeds, the limit, completions side by side."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_models import write_model
 
 from lm_trust.cli import main
+from lm_trust.compare.results import CellResult, side_by_side
 
 BASE = """
 iterations: 4
@@ -103,6 +105,19 @@ def test_completions_stand_side_by_side(report):
     assert [line["rules"]["ppo_clip"]["completion"] for line in report["completions"]] == [
         sample["completion"] for sample in after
     ]
+
+
+def test_a_rule_that_is_evaluated_on_fewer_prompts_stands_beside_the_others_where_it_can():
+    def result(rule, prompts):
+        samples = [{"prompt": text, "completion": f"{rule} {row}", "reward": 0.0} for row, text in enumerate(prompts)]
+        cell = SimpleNamespace(rule=rule, value=0.1, config=SimpleNamespace(seed=0))
+        return CellResult(cell, {"reference_kl": 1.0}, [], None, (), {"before": samples, "after": samples})
+
+    results = [result("few", ["b", "a"]), result("all", ["a", "b", "a"])]
+    lines = side_by_side(results, {"few": 0.1, "all": 0.1}, 0)
+    assert [line["prompt"] for line in lines] == ["a", "b", "a"]
+    found = [{rule: text["completion"] for rule, text in line["rules"].items()} for line in lines]
+    assert found == [{"few": "few 1", "all": "all 0"}, {"few": "few 0", "all": "all 1"}, {"all": "all 2"}]
 
 
 def test_the_study_has_every_rule(report):

@@ -104,7 +104,7 @@ def at_the_end(**rewards):
 def test_the_end_ranks_only_rules_with_all_seeds_and_names_the_others():
     text = at_the_end(a=(5.0, 5.1, None), b=(6.0, 6.1, -10.0), c=(4.0, 4.0, 4.1), d=(7.0, None, None))
     assert "At the end c has the highest mean reward, 4.03" in text
-    assert "Not ranked, because a seed did not finish: a and d." in text
+    assert "Not ranked, because not all runs finished: a and d." in text
     text = at_the_end(trpo=(3000.0, 1000.0, 800.0), ppo=(2900.0, None, None))
     assert "At the end only trpo can be ranked; its mean reward is 1,600 [800, 3,000]." in text
     assert "At the end there is nothing to compare" in at_the_end(a=(1.0, 2.0, None), b=(3.0, None, 4.0))
@@ -122,6 +122,31 @@ def test_the_rules_that_did_not_reach_a_kl_with_all_seeds_are_named():
     report = report_of(curves)
     report["rules"].append({"name": "lost", "bounded": False, "values": [1.0]})  # no run of it finished
     assert "Not ranked, because a seed did not reach it: lost." in " ".join(summarise(report, curves))
+
+
+def test_a_rule_with_runs_that_are_not_finished_is_not_said_to_miss_a_kl():
+    curves = [curve("trpo", seed, 0.5) for seed in range(3)] + [curve("b", 0, 0.6)]
+    report = report_of(curves)
+    report["cells"] += [{"rule": "b", "seed": 1, "status": "missing", "iterations": 2, "gradients": 2.0}]
+    text = " ".join(summarise(report, curves))
+    assert "Not ranked, because not all runs finished: b." in text
+    assert "did not reach" not in text
+
+
+def test_the_average_step_is_that_of_finished_runs():
+    curves = [curve("ppo_clip", seed, 0.5) for seed in range(2)]
+    report = report_of(curves)
+    for cell, step_kl in zip(report["cells"], (0.004, 0.014), strict=True):
+        cell |= {"step_kl": step_kl, "step_kl_mean_max": 0.02, "iterations": 12, "status": "finished"}
+    stopped = {"status": "missing", "seed": 2, "step_kl": 0.027, "step_kl_mean_max": 0.05, "iterations": 2}
+    report["cells"].append(report["cells"][0] | stopped)
+    report["rules"] = [rule | {"bounded": False} for rule in report["rules"]]
+    text = " ".join(summarise(report, curves))
+    assert (
+        "its finished runs had 0.004 to 0.014 nats a token on average, and the furthest of 26 updates went 0.05 nats"
+    ) in text
+    report["cells"] = report["cells"][2:]
+    assert "has no bound on the step KL: the furthest of 2 updates went 0.05 nats" in " ".join(summarise(report, []))
 
 
 def test_a_control_rule_that_is_beyond_a_kl_is_not_said_to_miss_it():
@@ -158,7 +183,7 @@ def test_bounds_costs_and_failures_are_told():
     text = " ".join(summarise(report, curves))
     assert "4 of 5 runs finished" in text and "Runs of broken failed" in text
     assert "trpo kept its bound on the exact step KL in all but 1 of 20 updates" in text
-    assert "no bound on the step KL: its runs had 0.01 nats a token on average and up to 0.03 in one of 20" in text
+    assert "its finished runs had 0.01 nats a token on average, and the furthest of 20 updates went 0.03 nats" in text
     assert "trpo 2.0 gradients and 0.5 s" in text
     assert "nothing here is matched" in text
     report["cells"][0]["rejected"], report["cells"][2]["rejected"], report["cells"][3]["rejected"] = 3, 10, 10
