@@ -191,12 +191,13 @@ def _merge(parsed: argparse.Namespace) -> int:
 def _plot(parsed: argparse.Namespace) -> int:
     runs = [_run_folder(run) for run in parsed.runs]
 
+    from lm_trust.terminal import say
     from lm_trust.training.compare_curves import plot_runs
 
     output = Path(parsed.output).expanduser()
     for line in plot_runs(runs, output, metric=parsed.metric, x=parsed.x):
-        print(line)
-    print(f"Picture: {output}")
+        say(line)
+    say(f"Picture: {output}")
     return 0
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
 
 from lm_trust.compare.config import Comparison
 from lm_trust.compare.report import PAGE, REPORT, RESULTS, make_report, read_report, write_report
 from lm_trust.compare.running import changes, check_free, check_unchanged, train_cells
 from lm_trust.errors import UserError, error_text
+from lm_trust.terminal import say
 from lm_trust.training.config import Config
 from lm_trust.training.run_folder import RunFolder, json_text, read_json
 
@@ -39,24 +39,19 @@ def compare(comparison: Comparison) -> int:
 
 
 def _compare(comparison: Comparison, folder: RunFolder) -> int:
-    console = Console()
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    status = train_cells(comparison.cells, comparison.config.jobs, tell)
+    status = train_cells(comparison.cells, comparison.config.jobs, say)
     errors: dict[str, str] = {}
     stages = _stages(comparison)
     if not status:
         for stage in stages:
-            _run_stage(stage, folder, tell, errors)
+            _run_stage(stage, folder, errors)
     found = (_noted(stage, folder) for stage in stages)
     report, rows = make_report(comparison, *found, errors)
     write_report(comparison.output, report, rows)
     _write_page(comparison.output, report, rows)
     for sentence in report["summary"]:
-        tell(f"- {sentence}")
-    tell(f"Page: {comparison.output / PAGE}")
+        say(f"- {sentence}")
+    say(f"Page: {comparison.output / PAGE}")
     failed = any(cell["status"] == "failed" for cell in report["cells"])
     return status or int(failed or bool(errors))
 
@@ -76,7 +71,7 @@ def replot(output: Path) -> int:
             f"{output}: {REPORT} or {RESULTS} lacks something that the page shows ({error_text(error)}); "
             "run lm-trust compare without --plot-only, which makes them again"
         ) from error
-    Console().print(f"Page: {output / PAGE}", highlight=False, markup=False, soft_wrap=True)
+    say(f"Page: {output / PAGE}")
     return 0
 
 
@@ -114,17 +109,17 @@ def _stages(comparison: Comparison) -> list[_Stage]:
     ]
 
 
-def _run_stage(stage: _Stage, folder: RunFolder, tell: Callable[[str], None], errors: dict[str, str]) -> None:
+def _run_stage(stage: _Stage, folder: RunFolder, errors: dict[str, str]) -> None:
     """Note what a stage finds, where it is asked for and not noted yet; why it failed goes into `errors`."""
     name = stage.name
     if stage.settings is None or _noted(stage, folder) is not None:
         return
-    tell(f"{name.replace('_', '-')} ...")
+    say(f"{name.replace('_', '-')} ...")
     try:
         found = stage.find()
     except Exception as error:  # whatever it is, the runs are still worth their page
         errors[name] = error_text(error)
-        tell(f"{name}: FAILED: {errors[name]}")
+        say(f"{name}: FAILED: {errors[name]}")
         return
     configs = [config.model_dump(mode="json", include=stage.sections) for config in stage.configs]
     of = [stage.settings.model_dump(mode="json"), *configs]

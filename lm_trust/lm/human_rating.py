@@ -20,7 +20,6 @@ from typing import Any
 
 import scipy.stats
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from lm_trust.lm.heldout import split_rows
 from lm_trust.lm.movie_ratings import movie_ratings
 from lm_trust.lm.rows import BadRows, Row, good_rows, read_rows, text_problem
 from lm_trust.lm.text_models import TextModel
+from lm_trust.terminal import say
 
 HELD_OUT = 0.1  # of the distinct texts
 FEWEST = 50  # rated texts: with fewer a tenth says nothing
@@ -122,7 +122,7 @@ def load_human_rating(section: Any, *, key: str, device: torch.device | str) -> 
         batch_size=section.batch_size,
         name=section.name or LABEL,
     )
-    _say(
+    say(
         f"{reward.__name__}: scores agree with people's ratings at r = {reward.held_out_correlation:.2f} "
         f"on the {reward.held_out_count} texts held out of the fit."
     )
@@ -179,12 +179,8 @@ def _rated_embeddings(text_model: TextModel, texts: list[str], batch_size: int) 
     """(N, D) embeddings of the rated texts, from the cache or made and kept there."""
 
     def build(folder: Path) -> None:
-        _say(f"Embedding {len(texts)} rated texts (once) ...")
+        say(f"Embedding {len(texts)} rated texts (once) ...")
         save_file({"embeddings": embed(text_model, texts, batch_size)}, folder / "embeddings.safetensors")
 
     folder = cached_folder(f"embeddings-{fingerprint(text_model, texts)[:32]}", build)
     return load_file(folder / "embeddings.safetensors")["embeddings"]
-
-
-def _say(line: str) -> None:
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -19,10 +19,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 from lm_trust.errors import UserError
 from lm_trust.lm.cache import cache_root, cached_folder
+from lm_trust.terminal import say
 
 PACKAGE, VERSION = "vaderSentiment", "3.2.1"
 ARCHIVE = f"{PACKAGE}-{VERSION}.tar.gz"
@@ -76,7 +75,7 @@ def _fetched() -> bytes:
     Raises:
         UserError: pip is missing or fails; says what to run by hand.
     """
-    Console().print(f"Fetching rated movie snippets: {PACKAGE} {VERSION} (once) ...", highlight=False, soft_wrap=True)
+    say(f"Fetching rated movie snippets: {PACKAGE} {VERSION} (once) ...")
     with tempfile.TemporaryDirectory() as temporary:
         # pip asks a source package about itself by running its setup.py: the hash makes it look before that.
         requirements = Path(temporary) / "requirements.txt"

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from lm_trust.errors import UserError, did_you_mean
 from lm_trust.lm.row_readers import READERS, Part, Row, Rows, dataset_rows, parquet_rows
+from lm_trust.terminal import say
 
 SHOWN = 3  # bad rows that a report names
 
@@ -85,7 +84,7 @@ class BadRows:
         """Put the report on the terminal, where there is one to make."""
         report = self.report()
         if report:
-            Console().print(report, markup=False, highlight=False, soft_wrap=True)
+            say(report)
 
 
 def good_rows(file: RowFile, problem: Callable[[Row], str | None], bad: BadRows) -> Iterator[tuple[int, Row]]:

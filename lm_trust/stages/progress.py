@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lm_trust.terminal import say
 from lm_trust.training.progress import (
     PLAIN_LINES,
     ROWS,
@@ -89,4 +90,4 @@ class StageProgress:
     def _print(self, cells: Sequence[str]) -> None:
         widths = [max(7, len(heading)) for heading in [*self._headings, "left"]]
         line = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        say(line, self._console)

@@ -26,6 +26,7 @@ from lm_trust.stages.curve import Panel, stage_curve
 from lm_trust.stages.data import Examples
 from lm_trust.stages.progress import StageProgress
 from lm_trust.stages.summary import TableRows, print_stage
+from lm_trust.terminal import say
 from lm_trust.training.config_file import dump
 from lm_trust.training.config_stages import StageConfig
 from lm_trust.training.interruption import Interruption
@@ -59,7 +60,7 @@ class Prepared:
         dropped = sum(len(given) - len(kept) for given, kept in sides)
         if dropped:
             rows = "1 row was" if dropped == 1 else f"{dropped} rows were"
-            self.console.print(f"{rows} left out: {why}", highlight=False, soft_wrap=True)
+            say(f"{rows} left out: {why}", self.console)
 
     def tell_cut(self, trainer: Trainer) -> None:
         """Say how many rows are as long as a row may be, of which what is beyond is not learnt."""
@@ -67,11 +68,10 @@ class Prepared:
         full = sum(len(ids) >= self.length for kept in sides for ids in kept["input_ids"])
         if full:
             rows = "row reaches" if full == 1 else "rows reach"
-            self.console.print(
+            say(
                 f"{full} of {sum(map(len, sides))} {rows} {self.length} tokens (training.max_length, or what the model "
                 "takes): nothing beyond is learnt",
-                highlight=False,
-                soft_wrap=True,
+                self.console,
             )
 
 
@@ -206,7 +206,7 @@ def run_stage(
     """
     console = prepared.console
     folder.write_config(dump(config))
-    console.print("Evaluating the model before training ...", highlight=False)
+    say("Evaluating the model before training ...", console)
     before = evaluate()
     folder.write_evaluation({"before": before})
     evaluations = [{"step": 0, **before}]
@@ -218,12 +218,10 @@ def run_stage(
         step, total = trainer.state.global_step, trainer.state.max_steps
     saved = _save(config, folder, trainer, prepared.tokenizer)
     if interruption.signal is not None and step < total:
-        console.print(
+        say(
             f"{interruption.signal.name}: stopped after update {step} of {total}; {saved} holds the model as it is. "
             "A stage cannot go on: start it again with another --output",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
+            console,
         )
         return interruption.exit_status
     after = evaluate()
@@ -232,7 +230,7 @@ def run_stage(
     with folder.writing(folder.learning_curve.name):
         stage_curve(folder.metrics(), evaluations, folder.learning_curve, panels, title=folder.path.name)
     print_stage({"before": before, "after": after}, console, rows)
-    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True, markup=False)
+    say(f"Run folder: {config.output}", console)
     return 0
 
 

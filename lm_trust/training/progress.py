@@ -25,6 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lm_trust.terminal import say
+
 WorldName = Literal["language", "control"]
 
 REASONS = {
@@ -128,8 +130,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Write a line of text; on a terminal it scrolls by above the display."""
-        text = encodable(text, self.console.encoding)
-        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        say(text, self.console)
 
     def __rich__(self) -> RenderableType:
         """The live display: a line with bar, elapsed and remaining time, then the latest iterations."""
@@ -230,11 +231,6 @@ def format_rate(value: float | None) -> str:
         if value < limit:
             return f"{value / scale:.{1 if suffix == 'M' else 0}f}{suffix}"
     return f"{value / 1e6:.0f}M" if value < 999.5e6 else f"{value:.0e}"
-
-
-def encodable(text: str, encoding: str) -> str:
-    """The text with all that the encoding lacks as an escape: a character must not end a training run."""
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def live_display(shown: RenderableType, console: Console) -> Live | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from lm_trust.core.processes import in_the_first, process_index
 from lm_trust.errors import UserError, first_line
 from lm_trust.launching import join_processes, leave_processes
+from lm_trust.terminal import say
 from lm_trust.training.build import World, build_world
 from lm_trust.training.checkpoint import holds_checkpoint, load_checkpoint, save_checkpoint
 from lm_trust.training.completion_table import show_completions, write_completions
@@ -77,7 +78,7 @@ def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
                 _restore(trainer, checkpoints)
                 _check_length(config, trainer)
             else:
-                console.print("There is no checkpoint yet: the run begins again.", highlight=False)
+                say("There is no checkpoint yet: the run begins again.", console)
         if first:
             if resume is not None:
                 folder.forget_after(trainer.iteration)
@@ -86,19 +87,17 @@ def _train(config: Config, folder: RunFolder, resume: Path | None) -> int:
         noting = Recorder(config, world, folder, resumed=resume is not None) if first else nullcontext()
         with noting as recorder, Interruption() as interruption:
             if world.kind == "language" and trainer.iteration == 0:
-                console.print("Evaluating the policy before training ...", highlight=False)
+                say("Evaluating the policy before training ...", console)
                 before = trainer.task.evaluate(trainer.policy, config.evaluation.count)
                 if first:
                     recorder.evaluation_before(before)
             _iterate(config, world, folder, recorder, console, interruption)
             if interruption.requested():
                 _save(config, world, folder)
-                console.print(
+                say(
                     f"{interruption.signal.name}: stopped after iteration {trainer.iteration} of {trainer.iterations}. "
                     f"Go on with: lm-trust train --resume {config.output}",
-                    highlight=False,
-                    soft_wrap=True,
-                    markup=False,
+                    console,
                 )
                 return interruption.exit_status
             _finish(config, world, folder, recorder, console)
@@ -244,7 +243,7 @@ def _finish(config: Config, world: World, folder: RunFolder, recorder: Recorder 
         write_cards(config, world.policy_name, folder)
     print_summary(folder.evaluation(), console, world=world.kind)
     film_iteration(config, world, folder.path)
-    console.print(f"Run folder: {config.output}", highlight=False, soft_wrap=True, markup=False)
+    say(f"Run folder: {config.output}", console)
 
 
 def _save(config: Config, world: World, folder: RunFolder) -> None:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm_trust.training.progress import WorldName, encodable, format_number
+from lm_trust.terminal import encodable
+from lm_trust.training.progress import WorldName, format_number
 
 WIDTH = 80
 SAMPLES = 4

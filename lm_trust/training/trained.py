@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from lm_trust.errors import UserError
+from lm_trust.terminal import encodable, say
 from lm_trust.training.best import best_folder
 from lm_trust.training.build import build_language_policy, build_tokenizer, build_world
 from lm_trust.training.config import LanguageConfig
 from lm_trust.training.config_file import load_config
-from lm_trust.training.progress import encodable
 from lm_trust.training.run_folder import RunFolder
 from lm_trust.training.summary import print_summary
 from lm_trust.training.watching import to_watch, watch
@@ -132,5 +132,5 @@ def merge(run: Path, output: Path | None = None, best: bool = False) -> int:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
-    print(f"Merged model: {output}")
+    say(f"Merged model: {output}")
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lm_trust.errors import UserError
+from lm_trust.terminal import say
 from lm_trust.training.build import World
 from lm_trust.training.config import Config, ControlConfig
 
@@ -88,13 +89,13 @@ def watch(config: Config, task: ControlTask, run: Path, *, videos: int, render: 
     episodes = task.remembered()
     if videos:
         film(*_environment(config), episodes[:videos], run / "videos", "evaluation")
-        console.print(f"Films: {run / 'videos'}", highlight=False, soft_wrap=True, markup=False)
+        say(f"Films: {run / 'videos'}", console)
     if render:
-        console.print("Playing the episodes in a window; Ctrl-C ends it.", highlight=False)
+        say("Playing the episodes in a window; Ctrl-C ends it.", console)
         with closing(open_window(*_environment(config))) as env:
             for number, episode in enumerate(episodes):
                 steps = len(episode.actions)
-                console.print(f"episode {number}: return {episode.total:.6g}, {steps} steps", highlight=False)
+                say(f"episode {number}: return {episode.total:.6g}, {steps} steps", console)
                 show(config.environment.id, env, episode)
 
 
