@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something that the user can put right: a configuration, a file, a missing package, a reward function.
 
-    The message is one line. It names the file, key or sample that is at fault and says what to do.
+    The message is one line for each thing that is wrong. It names the file, key or sample at fault and says what to do.
     The command line prints it without a traceback and exits with status 2.
     """
 

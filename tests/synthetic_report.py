@@ -59,7 +59,7 @@ def synthetic_report(world="language", *, seeds=SEEDS, iterations=16, prompts=30
         "frontier": [_frontier(rule, len(seeds), language) for rule in RULES],
         "matched": [_matched(rule, kl, len(seeds)) for kl in (1.0, 2.0, 4.0) for rule in RULES] if language else [],
         "improvement": [_improvement(one, two) for one in RULES for two in RULES if one != two] if language else [],
-        "limit": limit_curves(random.normal(0.2, 0.4, (24, 128)).clip(-1, 1)) if language else None,
+        "limit": _limit(random) if language else None,
         "one_update": _study(random) if language else None,
         "completions": _completions(random, prompts) if language else [],
         "summary": [
@@ -70,6 +70,10 @@ def synthetic_report(world="language", *, seeds=SEEDS, iterations=16, prompts=30
         ],
     }
     return report, pyarrow.Table.from_pylist(rows)
+
+
+def _limit(random):
+    return limit_curves(random.normal(0.2, 0.4, (24, 128)).clip(-1, 1)) | {"evaluated_prompts": 24, "of_seed": None}
 
 
 def _rule(name):

@@ -211,14 +211,9 @@ def cost_figures(runs: Groups, styles: Styles) -> list[dict[str, Any]]:
     """What an update costs in time and in passes."""
     seconds: dict[str, list[float]] = {}
     gradients: dict[str, list[float]] = {}
-    # Runs of earlier versions did not log it, and a rule's other runs would not stand for them.
-    untimed = {
-        rule for (rule, _), members in runs.items() for run in members for row in run if row.get("step_seconds") is None
-    }
     for (rule, _), members in runs.items():
         for run in members:
-            if rule not in untimed:
-                seconds.setdefault(rule, []).append(float(np.mean([row["step_seconds"] for row in run])))
+            seconds.setdefault(rule, []).append(float(np.mean([row["step_seconds"] for row in run])))
             if known(run[-1].get("gradients")):
                 gradients.setdefault(rule, []).append(run[-1]["gradients"] / run[-1]["iteration"])
     bars = "Bars: the mean over the rule's runs, all knob values together; ticks: the least and the most of them."

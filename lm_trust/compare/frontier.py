@@ -70,7 +70,7 @@ def reward_at(curve: Curve, kl: float) -> float | None:
 
 
 def _on_scale(curve: Curve, *kls: float) -> Sequence[float]:
-    """KLs where the reward is linear in them; earlier versions noted below zero what rounding had left of none."""
+    """KLs where the reward is linear in them; a sum of none may be below zero by rounding."""
     return np.sqrt(np.maximum(kls, 0.0)) if curve.by_root else kls
 
 
@@ -104,10 +104,10 @@ def limit_of_other_prompts(limit: Record) -> str | None:
 
     Prompts differ in their rewards by as much as rules do, so that then no rule's part of the limit can be told.
     """
-    if limit.get("of_seed") is not None:
+    if limit["of_seed"] is not None:
         return f"each seed holds out prompts of its own, and the limit is of those of seed {limit['of_seed']}"
-    evaluated = limit.get("evaluated_prompts")  # earlier versions did not note it
-    if evaluated is None or evaluated == limit["prompts"]:
+    evaluated = limit["evaluated_prompts"]
+    if evaluated == limit["prompts"]:
         return None
     return f"the rules are evaluated on {evaluated} prompts, and the limit is of {limit['prompts']}"
 

@@ -38,7 +38,7 @@ def matched(report: Record) -> list[dict[str, Any]]:
         rows = []
         for row in report["matched"]:
             if row["kl"] == kl:
-                seeds, reached = row["seeds"], row.get("reached", row["seeds"])
+                seeds, reached = row["seeds"], row["reached"]
                 mean = estimate(row["mean"], row["low"], row["high"])
                 iqm = estimate(row["iqm"], row["iqm_low"], row["iqm_high"])
                 if row["mean"] is None:

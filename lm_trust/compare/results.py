@@ -87,15 +87,13 @@ def gradients(line: Record, config: Config) -> float:
     update = config.update
     by_minibatches = "gradient_steps" in line
     if by_minibatches:
-        # Runs of before these were noted: those that were followed by a step, all but the last.
-        spent = line.get("gradients_computed", line["gradient_steps"]) + FORWARD * line.get("forwards_computed", 0)
+        spent = line["gradients_computed"] + FORWARD * line.get("forwards_computed", 0)
         spent /= getattr(update, "minibatches", 1)
     else:
         spent = 1 + (line.get("cg_iterations") or 0) * getattr(update, "fisher_fraction", 1.0)
     if isinstance(config, LanguageConfig) and config.reference.budget is not None:
         spent += (1 - FORWARD) + by_minibatches
-    # Runs of before this was noted: no fewer than these, had the line search left no length out.
-    return spent + FORWARD * line.get("candidates", 1 + (line.get("backtracks") or 0))
+    return spent + FORWARD * line["candidates"]
 
 
 def read_cell(cell: Cell) -> CellResult:
@@ -141,7 +139,6 @@ def _summary(cell: Cell, rows: Sequence[Record], after: Record | None, bound: fl
     after = after or {}
     kept = [row["step_kl"] for row in rows]
     broken = [row["step_kl"] > row["bound"] for row in rows if row["bound"] is not None]
-    timed = [row["step_seconds"] for row in rows]
     return {
         "folder": str(cell.folder),
         "status": status,
@@ -151,7 +148,7 @@ def _summary(cell: Cell, rows: Sequence[Record], after: Record | None, bound: fl
         "gradients": last.get("gradients"),
         "seconds": last.get("seconds"),
         "update_seconds": sum(row["update_seconds"] for row in rows) if rows else None,
-        "step_seconds": sum(timed) if timed and None not in timed else None,  # earlier versions did not log it
+        "step_seconds": sum(row["step_seconds"] for row in rows) if rows else None,
         "reward": after.get("reward_mean"),
         "reward_interval": after.get("reward_interval"),
         "reference_kl": after.get("reference_kl"),

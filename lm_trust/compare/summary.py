@@ -215,7 +215,7 @@ def _bounds(report: Record) -> list[str]:
         if not cells:
             continue
         updates = sum(cell["iterations"] for cell in cells)
-        rejected = sum(cell.get("rejected") or 0 for cell in cells)  # earlier versions did not note it
+        rejected = sum(cell["rejected"] for cell in cells)
         without = f", of which {rejected} were rejected and moved nothing" if rejected else ""
         if rejected == updates:
             sentences.append(f"{rule['name']} moved nothing: all of its {updates} updates were rejected.")
@@ -245,9 +245,8 @@ def _costs(report: Record) -> list[str]:
         if cells:
             updates = sum(cell["iterations"] for cell in cells)
             gradients = sum(cell["gradients"] for cell in cells) / updates
-            words.append(f"{rule['name']} {gradients:.1f} gradients")
-            if all(known(cell.get("step_seconds")) for cell in cells):
-                words[-1] += f" and {sum(cell['step_seconds'] for cell in cells) / updates:.3g} s"
+            seconds = sum(cell["step_seconds"] for cell in cells) / updates
+            words.append(f"{rule['name']} {gradients:.1f} gradients and {seconds:.3g} s")
     return [f"An update costs, without the rollout and the critic's fit: {'; '.join(words)}."] if words else []
 
 

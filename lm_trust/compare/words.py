@@ -1,4 +1,4 @@
-"""How the things of a comparison are written: numbers, knob values, cells, errors."""
+"""How the things of a comparison are written: numbers, knob values, cells."""
 
 from __future__ import annotations
 

@@ -205,8 +205,7 @@ class Environments:
             self._log[self._started[row] : self._cursor, row] = taken
             self.observations[row] = self._replay(row, taken)
         found = {"observations": self.observations, "returns": self._returns}
-        saved = {name: state[name][self._placed.slice].numpy() for name in found if name in state}  # of old, no returns
-        if not all(np.array_equal(found[name], values) for name, values in saved.items()):
+        if not all(np.array_equal(values, state[name][self._placed.slice].numpy()) for name, values in found.items()):
             warnings.warn(
                 f"environment {self.name} is not deterministic given its seed: the resumed run differs from "
                 "one that was never stopped",

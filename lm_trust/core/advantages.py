@@ -39,6 +39,7 @@ def gae(
         advantages and returns (advantages + values), each (B, T).
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: the arguments are not all of one shape.
     """
     require_same_shape(
@@ -60,6 +61,7 @@ def returns_to_go(rewards: Tensor, ended: Tensor, *, gamma: float) -> Tensor:
         gamma: discount.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: the two are not of one shape.
     """
     require_same_shape(rewards=rewards, ended=ended)
@@ -76,6 +78,7 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
         (B,) advantages.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: a group of fewer than two, or B not a multiple of the group.
     """
     groups = _grouped(scores, group_size)
@@ -94,6 +97,7 @@ def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Te
         (B,) advantages; a group of equal scores gives zeros, one with a score that is not finite no number.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: a group of fewer than two, or B not a multiple of the group.
     """
     groups = _grouped(scores, group_size)
@@ -107,6 +111,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of x over True entries of mask, a scalar; 0 where none is True. Masked entries may hold anything.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: x and mask are not of one shape.
     """
     if mask is None:
@@ -123,6 +128,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     be; NaN where a valid item is not finite. Over the entries of all processes, each of which gives its own.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: x and mask are not of one shape.
     """
     if mask is not None:

@@ -70,6 +70,7 @@ class Batch:
         progress: fraction of the training done, 0 to 1, for schedules.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: shapes that do not belong together.
     """
 

@@ -330,6 +330,7 @@ def kl_estimators(old_log_prob: Tensor, new_log_prob: Tensor) -> dict[str, Tenso
         {"k1", "k2", "k3"}, each (B, T) in nats per step.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: the two are not of one shape.
     """
     require_same_shape(old_log_prob=old_log_prob, new_log_prob=new_log_prob)

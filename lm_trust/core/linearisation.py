@@ -27,13 +27,15 @@ NOT_TWICE = "the policy's graph cannot be differentiated twice, use the method f
 
 
 class Linearisation(NamedTuple):
-    """What `linearised(inputs)` of a network, or `linearised(observations)` of a policy, returns; without graph.
+    """What `linearised(inputs)` of a network, or `linearised(observations)` of a policy, returns.
+
+    The parameters are all of the network's, in module order; by autograd they are the trainable ones.
 
     Attributes:
-        output: the network's tensor (...), or the policy's distribution.
-        pushforward: from tangents of all the network's parameters, in module order, to the tuple of the tangents of the
-            output (of a distribution: of each of its `parameters`).
-        pullback: from cotangents of the same to the gradients of all the network's parameters, in module order.
+        output: the network's tensor (...), or the policy's distribution; without graph, but by autograd.
+        pushforward: from tangents of the parameters to the tuple of the tangents of the output (of a distribution: of
+            each of its `parameters`).
+        pullback: from cotangents of the same to the gradients of the parameters.
     """
 
     output: Any

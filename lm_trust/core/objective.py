@@ -75,7 +75,8 @@ class SurrogateObjective:
 
     objective = mean over valid steps of ratio * advantage - reference_loss * KL(pi_theta || reference).
 
-    Made by one differentiated pass at theta_old: it holds the old distribution, so the ratio there is exactly 1.
+    It holds the distribution at theta_old, by one differentiated pass there or as it is given; candidates are measured
+    against it.
 
     Args:
         policy, observations, actions, advantages, mask: as for `trust_region_step`.
@@ -93,6 +94,11 @@ class SurrogateObjective:
         reference_gradient: (P,) its gradient there, where `bounded`.
         linearisation: of the policy there, at the rows that `gradient` was asked to linearise.
         candidates: how often `measure` was asked, each time a forward pass over the batch.
+
+    Raises:
+        TypeError: actions, advantages or mask are no tensors.
+        ValueError: they do not belong together, a reference is to count and there is none, or `holdout_fraction` leaves
+            no row on one side.
     """
 
     def __init__(

@@ -33,6 +33,7 @@ def clipped_surrogate(
         (B, T), to be maximised.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: the tensors are of other shapes.
     """
     if advantages.ndim == 0 or advantages.shape == (*new_log_prob.shape[:-1], 1):
@@ -81,6 +82,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
         (B, T), to be minimised.
 
     Raises:
+        TypeError: what is to be a tensor is something else.
         ValueError: the tensors are not of one shape.
     """
     require_same_shape(values=values, old_values=old_values, returns=returns)

@@ -174,7 +174,7 @@ def line_search(
     """Shorten `full_step` until the exact KLs are within their bounds and the surrogate improves; else restore.
 
     Args:
-        objective: holds theta_old's distribution (its `gradient` has been called).
+        objective: holds theta_old's distribution (its `gradient` or its `start_from` has been called).
         parameters: at theta_old; moved in place.
         full_step: (P,).
         report: is filled in and returned.

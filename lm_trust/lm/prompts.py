@@ -1,4 +1,4 @@
-"""Prompts: plain texts or chats, checked row by row, split, encoded, and drawn in shuffled epochs.
+"""Prompts: plain texts or chats, checked row by row, split, and drawn in shuffled epochs.
 
 `load_prompts` reads them from whatever `lm_trust.lm.rows` reads. Every row keeps its other fields, which the
 rewards receive. Whatever is wrong with the data is a UserError that names the file, the line and the field, before

@@ -278,7 +278,7 @@ def test_only_what_the_exact_test_supports_is_bold():
         {"kl": 1.0, "rule": "b", "other": "a", "probability": 0.1, "low": 0.0, "high": 0.4, "p_value": 0.05},
         {"kl": 1.0, "rule": "b", "other": "c", "probability": 0.1, "low": 0.0, "high": 0.4, "p_value": 0.03},
         {"kl": 1.0, "rule": "c", "other": "b", "probability": 1.0, "low": None, "high": None, "p_value": 1.0},
-        {"kl": 1.0, "rule": "a", "other": "c", "probability": 0.9, "low": 0.6, "high": 1.0},  # of an earlier version
+        {"kl": 1.0, "rule": "a", "other": "c", "probability": 0.9, "low": 0.6, "high": 1.0, "p_value": 0.2},
     ]}  # fmt: skip
     (matrix,) = page_tables.improvement(report)
     sides = {rule: [side for _, side in row] for rule, row in matrix["rows"]}
@@ -426,7 +426,7 @@ def test_numbers_that_are_not_finite(language, tmp_path):
     report["cells"][0] |= {"reward": math.nan, "step_kl": None, "reward_interval": None}
     report["one_update"]["rows"][0] |= {"fresh_low": None, "fresh_high": None, "improvement": None, "step_kl": math.inf}
     for row in rows[:5]:
-        row |= {"step_kl": None, "step_seconds": None, "reward_mean": math.nan, "surrogate_gain": None}
+        row |= {"step_kl": None, "reward_mean": math.nan, "surrogate_gain": None}
     page = make(report, language[1].from_pylist(rows), tmp_path)
     assert page.figures["figure-frontier"]["data"]
     line = [one for one in page.figures["figure-frontier"]["data"] if one["meta"]["rule"] == "trpo"][-1]

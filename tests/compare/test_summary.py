@@ -15,6 +15,7 @@ def curve(rule, seed, reward, value=1.0):
 def report_of(curves, **more):
     rules = list(dict.fromkeys(one.rule for one in curves))
     cell = {"status": "finished", "iterations": 10, "gradients": 20.0, "step_seconds": 5.0, "step_kl": 0.01}
+    cell["rejected"] = 0
     report = {
         "world": "language",
         "rules": [{"name": rule, "bounded": rule == "trpo", "values": [1.0]} for rule in rules],
@@ -127,7 +128,7 @@ def test_the_rules_that_did_not_reach_a_kl_with_all_seeds_are_named():
 def test_a_rule_with_runs_that_are_not_finished_is_not_said_to_miss_a_kl():
     curves = [curve("trpo", seed, 0.5) for seed in range(3)] + [curve("b", 0, 0.6)]
     report = report_of(curves)
-    report["cells"] += [{"rule": "b", "seed": 1, "status": "missing", "iterations": 2, "gradients": 2.0}]
+    report["cells"] += [report["cells"][0] | {"rule": "b", "seed": 1, "status": "missing"}]
     text = " ".join(summarise(report, curves))
     assert "Not ranked, because not all runs finished: b." in text
     assert "did not reach" not in text
@@ -190,9 +191,6 @@ def test_bounds_costs_and_failures_are_told():
     text = " ".join(summarise(report, curves))
     assert "in all but 1 of 20 updates, of which 3 were rejected and moved nothing." in text
     assert "ppo_clip moved nothing: all of its 20 updates were rejected." in text
-    del report["cells"][0]["step_seconds"]  # of a run by an earlier version
-    text = " ".join(summarise(report, curves))
-    assert "without the rollout and the critic's fit: trpo 2.0 gradients; ppo_clip 2.0 gradients and 0.5 s." in text
 
 
 def test_the_share_of_the_limit_is_of_its_gain():
@@ -201,6 +199,7 @@ def test_the_share_of_the_limit_is_of_its_gain():
         {"kl": kl, "reward": reward, "low": None, "high": None} for kl, reward in ((0.0, 0.1), (1.0, 0.7), (3.0, 1.1))
     ]
     limit = {"tilted": points, "best_of_n": [{"n": 1, "kl": 0.0, "reward": 0.1}], "prompts": 24, "samples": 8}
+    limit |= {"evaluated_prompts": 24, "of_seed": None}
     text = " ".join(summarise(report_of(curves, limit=limit), curves))
     assert "estimated at 0.9, from 0.1 at the start: trpo gets 50% of that gain." in text
     for evaluated in (24, 64):
