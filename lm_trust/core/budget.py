@@ -72,7 +72,7 @@ def step_within_budget(
     if not math.isfinite(reference_kl + scale):
         return bounded(torch.full_like(plain, math.nan), "inactive")
     slack = reference_kl + radius * objective.steps_per_row - budget
-    if scale == 0 or slack + cost_gradient.dot(plain).item() <= 0:
+    if scale == 0 or near_reference(reference_kl, budget) or slack + cost_gradient.dot(plain).item() <= 0:
         return bounded(plain, "inactive")
     unit_cost = cost_gradient / scale
     v, w = solved, solve(unit_cost)
@@ -88,6 +88,15 @@ def step_within_budget(
         max_kl=radius,
     )
     return bounded(step.along_v * v.solution + step.along_w * w.solution, step.case, w.iterations)
+
+
+def near_reference(reference_kl: float, budget: float) -> bool:
+    """Whether a policy is so near to the reference that its KL's gradient says little but how numbers are rounded.
+
+    At a thousandth of the budget its slope adds at most 2 sqrt(1 / 1000) of it, a sixteenth, to a step of the whole
+    budget: the root of a KL is a distance, and sqrt(kl) + sqrt(budget) the furthest that such a step leads.
+    """
+    return reference_kl <= 1e-3 * budget
 
 
 def reference_limit(reference_kl: float, budget: float, *, must_fall: bool) -> float:

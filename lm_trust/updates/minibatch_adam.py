@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lm_trust.core.adam import adam_step
 from lm_trust.core.at_rest import at_rest
 from lm_trust.core.batch import Batch
-from lm_trust.core.budget import reference_limit
+from lm_trust.core.budget import near_reference, reference_limit
 from lm_trust.core.minibatches import shuffled
 from lm_trust.core.objective import Measurement, SurrogateObjective
 from lm_trust.core.parameters import assign, flatten, trainable_parameters
@@ -126,7 +126,7 @@ class MinibatchAdam:
             reference.begin(objective.reference_kl)
         else:
             gradient = objective.gradient(parameters)
-            reference.begin(objective.reference_kl, _unit(gradient, objective))
+            reference.begin(objective.reference_kl, _unit(gradient, objective, reference.budget))
         if reference.began_over:
             _forget_momentum(optimizer)
         report = StepReport(False, "non_finite", predicted_gain=None)
@@ -279,8 +279,10 @@ def _some_row(minibatch: Batch, batch: Batch) -> Batch:
     return replace(row, mask=torch.zeros_like(row.mask))
 
 
-def _unit(gradient: Tensor, objective: SurrogateObjective) -> float:
+def _unit(gradient: Tensor, objective: SurrogateObjective, budget: float) -> float:
     """The weight of the reference KL, a mean over steps, at which its gradient is as long as the surrogate's."""
+    if near_reference(objective.reference_kl, budget):
+        return 0.0
     length = objective.reference_gradient.norm().item() / objective.steps_per_row
     return gradient.norm().item() / length if length > 0 else 0.0
 

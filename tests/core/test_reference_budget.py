@@ -218,6 +218,18 @@ def test_steps_on_end_keep_the_budget_from_the_reference_on(budget, settings):
     assert kl_per_row(free, reference, given[0]) > 1.5 * budget  # ... and needed
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_rounding_leaves_at_the_reference_is_no_slope(seed, monkeypatch):
+    """A budget that max_kl could spend at once: all of the room is the step's, and a KL of 1e-13 is no excess."""
+    reference = Policy()
+    policy = moved(reference, 1e-6)
+    given, settings = experience(policy, reference, seed)
+    assert 0 < kl_per_row(policy, reference, given[0]) < 1e-10
+    report = take(policy, given, settings, reference_budget=0.02, max_kl=0.02)
+    assert report.accepted and report.metrics["constraint"] == "inactive" and report.surrogate_gain > 0
+    assert 0.005 < kl_per_row(policy, reference, given[0]) <= 0.02
+
+
 def test_a_policy_over_the_budget_comes_back_whatever_the_surrogate_does():
     reference = Policy()
     policy = moved(reference, 1.2)
