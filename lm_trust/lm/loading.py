@@ -141,6 +141,8 @@ def attach_adapter(
     Raises:
         UserError: the targets do not exist or include the output head, or peft knows none for this architecture.
     """
+    if targets != [ALL_LINEAR]:
+        _require_modules(base, targets or [])
     conv1d = any(isinstance(module, Conv1D) for module in base.modules())
     config = LoraConfig(
         task_type=task_type,
@@ -161,8 +163,7 @@ def attach_adapter(
                 else:
                     model = get_peft_model(base, config, adapter_name=name)
         except ValueError as error:
-            layers = ", ".join(_linear_layers(base))
-            raise UserError(f"model.lora.targets: {first_line(error)} (its linear layers: {layers})") from error
+            raise UserError(f"model.lora.targets: {first_line(error)} ({_linear_layers(base)})") from error
     if _changes_head(model):
         raise UserError(
             f"model.lora.targets: {', '.join(targets or [])} includes the output head, which must stay frozen"
@@ -170,10 +171,18 @@ def attach_adapter(
     return model
 
 
-def _linear_layers(base: nn.Module) -> list[str]:
-    """The different names of its linear layers, without where they lie."""
+def _require_modules(base: nn.Module, targets: list[str]) -> None:
+    """See that each target is there: peft speaks up only where none of them is."""
+    names = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UserError(f"model.lora.targets: the model has no module {target!r} ({_linear_layers(base)})")
+
+
+def _linear_layers(base: nn.Module) -> str:
+    """The different names of its linear layers, without where they lie, in words."""
     linear = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    return sorted({name.rpartition(".")[2] for name in linear})
+    return f"its linear layers: {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
 
 
 def load_adapter(base: nn.Module, folder: str | Path, *, keep_reference: bool = True) -> PeftModel:

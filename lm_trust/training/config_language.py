@@ -82,7 +82,9 @@ class Rollout(Section):
     max_new_tokens: PositiveInt = Field(20, description="length limit of a completion")
     temperature: PositiveFloat = Field(1.0, description="divides the logits, in sampling and scoring alike")
     at_limit: Literal["terminate", "bootstrap", "penalise"] = Field(
-        "terminate", description="what a completion cut at the limit means"
+        "terminate",
+        description="what a completion cut at the limit means: its end; that it would go on, so that it is paid the "
+        "critic's value and no score; its end, less limit_penalty",
     )
     limit_penalty: float = Field(0.0, ge=0, description="taken off its reward, with at_limit penalise")
     microbatch_size: PositiveInt = Field(

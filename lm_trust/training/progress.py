@@ -37,6 +37,15 @@ REASONS = {
     "budget_exceeded": "KL over its budget",
     "no_improvement": "nothing gained",
 }
+# The same in as few characters as leave a line within 80 columns.
+_SHORT_REASONS = {
+    "zero_gradient": "gradient 0",
+    "non_finite": "not finite",
+    "negative_curvature": "curvature",
+    "kl_exceeded": "step KL",
+    "budget_exceeded": "ref KL",
+    "no_improvement": "no gain",
+}
 ROWS = 8  # iterations in the live table
 TIMED = 10  # iterations whose median time foretells the rest
 WIDEST = 100  # a wider table is harder to read across
@@ -286,4 +295,4 @@ def _verdict(metrics: Mapping[str, Any]) -> str:
     reason = metrics.get("reason")
     if reason is None:
         return "-" if metrics.get("accepted") is None else "no"
-    return f"no: {REASONS.get(reason, str(reason).replace('_', ' '))}"[:24]
+    return f"no: {_SHORT_REASONS.get(reason, str(reason).replace('_', ' '))}"[:24]

@@ -336,9 +336,10 @@ def test_an_adapter_records_the_revision_of_its_base(model_folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_targets_are_refused_by_key(model_folder, lm, architecture):
-    with pytest.raises(UserError, match=r"^model\.lora\.targets: .*nonsense") as error:
-        load_policy(str(model_folder), targets=["nonsense"])
-    one_line(error)
+    for targets in (["nonsense"], [lm.TARGETS[architecture], "nonsense"]):
+        with pytest.raises(UserError, match=r"^model\.lora\.targets: .*no module 'nonsense' \(its linear") as error:
+            load_policy(str(model_folder), targets=targets)
+        one_line(error)
     # The head's adapter would take part in sampling and not in scores.
     for targets in (["lm_head"], [lm.TARGETS[architecture], "lm_head"]):
         with pytest.raises(UserError, match=r"^model\.lora\.targets: .*output head"):
