@@ -110,22 +110,28 @@ def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Te
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of x over True entries of mask, a scalar; 0 where none is True. Masked entries may hold anything.
 
+    Half precision is summed up in single precision.
+
     Raises:
         TypeError: what is to be a tensor is something else.
         ValueError: x and mask are not of one shape.
     """
+    require_tensors(x=x)
+    x = x.to(torch.result_type(x, 1.0))  # truths and counts have a mean, too
     if mask is None:
         return x.mean()
     require_same_shape(x=x, mask=mask)
     mask = mask.bool()
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
+    total = torch.where(mask, x, 0.0).sum(dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total / mask.sum().clamp_min(1)).to(x.dtype)
 
 
 def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     """x shifted and scaled to mean 0 and standard deviation 1 over True entries; masked entries become 0.
 
     Finite for one valid item or zero variance (both give zeros), zero being whatever the rounding of such numbers may
-    be; NaN where a valid item is not finite. Over the entries of all processes, each of which gives its own.
+    be; NaN where a valid item is not finite. Over the entries of all processes, each of which gives its own. Half
+    precision is whitened in single precision.
 
     Raises:
         TypeError: what is to be a tensor is something else.
@@ -134,7 +140,8 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         require_same_shape(x=x, mask=mask)
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
-    valid = torch.where(mask, x, 0.0)
+    given = torch.result_type(x, 1.0)
+    valid = torch.where(mask, x.to(torch.promote_types(given, torch.float32)), 0.0)
     count = summed(mask.sum())
     centred = torch.where(mask, valid - summed(valid.sum()) / count.clamp_min(1), 0.0)
     magnitude = largest(valid.abs().amax() if valid.numel() else valid.sum())
@@ -143,7 +150,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None) -> Tensor:
     centred = centred * size
     deviation = (summed(centred.square().sum()) / (count - 1).clamp_min(1)).sqrt()
     white = _divide_by_deviation(centred, deviation, magnitude * size)
-    return torch.where(mask, white, 0.0)
+    return torch.where(mask, white, 0.0).to(given)
 
 
 def _discounted_sum(x: Tensor, carry: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def conjugate_gradient(
     # Solving for b at unit size keeps squared norms in range for gradients of any size.
     unit = b / largest
     x, residual, undamped_x = torch.zeros_like(unit), unit.clone(), torch.zeros_like(unit)
-    target = tolerance * residual.norm()
+    # A residual whose square is zero in this precision is none, whatever is asked for.
+    target = max(tolerance, torch.finfo(b.dtype).tiny ** 0.5) * residual.norm()
     preconditioned = preconditioner(residual) if preconditioner else residual
     direction = preconditioned.clone()
     rho = residual.dot(preconditioned)

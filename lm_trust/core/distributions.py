@@ -79,9 +79,7 @@ class Categorical:
         made = self._log_probs
         # What was made without a graph, while sampling, has no gradient to give.
         if made is None or (torch.is_grad_enabled() and self.logits.requires_grad and not made.requires_grad):
-            # Half precision has too few digits for a step's KL: all of it may round to zero.
-            precise = torch.promote_types(self.logits.dtype, torch.float32)
-            self._log_probs = torch.log_softmax(self.logits, dim=-1, dtype=precise)
+            self._log_probs = torch.log_softmax(self.logits, dim=-1, dtype=_precise(self.logits))
         return self._log_probs
 
     def log_prob(self, actions: Tensor) -> Tensor:
@@ -224,12 +222,13 @@ class DiagonalGaussian:
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-density of actions (B, T, A), (B, T) in nats."""
-        standardised = self._deviation(actions) * torch.exp(-self.log_std)
-        return (-0.5 * standardised.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        log_std = self.log_std.to(_precise(self.log_std))
+        standardised = self._deviation(actions) * torch.exp(-log_std)
+        return (-0.5 * standardised.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
         """(B, T) differential entropy in nats per step."""
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        return (self.log_std.to(_precise(self.log_std)) + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """(B, T, A) actions."""
@@ -243,14 +242,17 @@ class DiagonalGaussian:
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
         """KL(self || other), closed form, summed over A, (B, T) in nats per step."""
-        log_ratio = other.log_std - self.log_std
-        distance = ((self.mean - other.mean) * torch.exp(-other.log_std)).square()
+        mean, log_std, other_mean, other_log_std = (
+            each.to(_precise(each)) for each in (self.mean, self.log_std, other.mean, other.log_std)
+        )
+        log_ratio = other_log_std - log_std
+        distance = ((mean - other_mean) * torch.exp(-other_log_std)).square()
         # expm1 keeps the digits of a small step, where the terms of the textbook form cancel.
         return 0.5 * (torch.expm1(-2 * log_ratio) + 2 * log_ratio + distance).sum(-1)
 
     def score(self, actions: Tensor) -> tuple[Tensor, ...]:
         """(z / sigma, z^2 - 1) with z = (action - mean) / sigma: by the mean and by the log-std, each (B, T, A)."""
-        inverse = torch.exp(-self.log_std)
+        inverse = torch.exp(-self.log_std.to(_precise(self.log_std)))
         standardised = self._deviation(actions) * inverse
         return standardised * inverse, standardised.square() - 1
 
@@ -279,7 +281,12 @@ class DiagonalGaussian:
         if actions.shape[-self.mean.ndim :] != self.mean.shape:
             given, wanted = tuple(actions.shape), tuple(self.mean.shape)
             raise ValueError(f"actions of shape {given} for means of shape {wanted}: the last axis is the action's")
-        return actions - self.mean
+        return actions - self.mean.to(_precise(self.mean))
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """What log-probabilities are computed in: half precision has too few digits for a step's KL, which it may lose."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def require_members(distribution: Any, *names: str) -> None:

@@ -343,3 +343,19 @@ def test_masked_whiten_of_numbers_whose_squares_do_not_fit(size):
 
 def test_masked_whiten_of_nothing_is_nothing():
     assert masked_whiten(torch.zeros(0, 3), None).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_averaged_and_whitened_in_single(dtype):
+    """Thousands of numbers about 100: their sum is beyond float16, their deviation below bfloat16's digits."""
+    x = (100 + 3 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    mask = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) > 0.3
+    assert masked_mean(x, mask).dtype == dtype and masked_whiten(x, mask).dtype == dtype
+    assert masked_mean(x, mask).item() == pytest.approx(x[mask].double().mean().item(), rel=1e-2)
+    white, exact = masked_whiten(x, mask)[mask].double(), x[mask].double()
+    torch.testing.assert_close(white, (exact - exact.mean()) / exact.std(), rtol=1e-2, atol=1e-2)
+
+
+def test_truths_have_a_mean():
+    truths, mask = torch.tensor([True, False, True]), torch.tensor([True, True, False])
+    assert masked_mean(truths, None).item() == pytest.approx(2 / 3) and masked_mean(truths, mask).item() == 0.5

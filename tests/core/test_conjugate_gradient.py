@@ -62,6 +62,17 @@ def test_needs_one_iteration_for_each_distinct_eigenvalue():
     assert result.iterations == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_beyond_its_precision_it_has_converged(dtype):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        diagonal = (1 + torch.rand(6, generator=generator)).to(dtype)
+        b = torch.randn(6, generator=generator).to(dtype)
+        found = conjugate_gradient(lambda v, d=diagonal: d * v, b, max_iterations=200, tolerance=0.0)
+        assert found.stopped == "converged"
+        torch.testing.assert_close(found.solution, b / diagonal, rtol=0.05, atol=0.05)
+
+
 def test_stops_at_the_iteration_limit_and_says_so():
     matrix, b = system(condition=1e4)
     operator = Counting(matrix)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -437,3 +438,17 @@ def test_a_policy_in_half_precision_can_be_stepped(dtype):
         exact = Categorical(before).kl(Categorical(after)).mean().item()
         assert report.accepted and 0 < exact <= 1.01e-3 and report.step_kl == pytest.approx(exact, rel=0.02), method
         before = after
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gaussian_in_half_precision_is_measured_in_single(dtype):
+    mean, log_std = normal(50, 3).to(dtype), normal(50, 3, seed=1).to(dtype)
+    old = DiagonalGaussian(mean, log_std)
+    new = DiagonalGaussian(mean + 0.05 * normal(50, 3, seed=2).to(dtype), log_std + 0.01)
+    exact = [DiagonalGaussian(each.mean.double(), each.log_std.double()) for each in (old, new)]
+    actions = old.sample(torch.Generator().manual_seed(0))
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(old.kl(new).double(), exact[0].kl(exact[1]), rtol=1e-4, atol=1e-6)
+    close(old.log_prob(actions).double(), exact[0].log_prob(actions.double()))
+    close(old.entropy().double(), exact[0].entropy())
+    close([part.double() for part in old.score(actions)], list(exact[0].score(actions.double())))
