@@ -189,7 +189,7 @@ class Progress:
             self._iteration_column(),
             _Column("reward", "mean", 7, lambda line: format_number(line.get("reward_mean"))),
             self._step_kl_column("nats per token"),
-            _Column("ref KL", "nats/seq.", 9, lambda line: format_number(line.get("reference_kl"))),
+            _Column("ref KL", "nats/seq.", 9, lambda line: format_number(_but_for_rounding(line.get("reference_kl")))),
             _Column("tok/s", "", 5, lambda line: format_rate(line.get("steps_per_second"))),
         ]
 
@@ -283,6 +283,11 @@ def format_duration(seconds: float | None) -> str:
     if hours >= 100:
         return f"{hours // 24} days"
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _but_for_rounding(kl: float | None) -> float | None:
+    """A KL, and zero where it is so small that rounding alone made it, as that of a policy at its start."""
+    return 0.0 if kl is not None and abs(kl) < 1e-6 else kl
 
 
 def _thousands(value: int | None) -> str:

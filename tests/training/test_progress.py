@@ -108,6 +108,11 @@ def test_an_annealed_bound_is_shown_as_it_was_in_force():
     assert "0.0192 / 0.02  " in first and "0.0192 / 0.0125  " in second
 
 
+def test_the_start_is_shown_at_its_reference_whatever_rounding_left():
+    shown = [text.split()[5] for text in plain(9, [line(1, reference_kl=8e-8), line(2, reference_kl=2e-5)])[1:]]
+    assert shown == ["0.000", "2.0e-05"]
+
+
 def test_a_rule_without_a_bound_shows_none():
     heading, first = plain(49, [line(1)], step_kl_bound=None)
     assert "/ bound" not in heading and "0.0192 " in first and "/" not in first
