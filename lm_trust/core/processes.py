@@ -90,6 +90,14 @@ def mean(x: Tensor, mask: Tensor | None = None) -> float:
     return total / max(number, 1.0)
 
 
+def mean_kl(kl: Tensor, mask: Tensor) -> float:
+    """The mean over all processes' rows of a KL (B, T) summed over True entries of their masks, nats per row.
+
+    Of two nearly equal policies rounding can leave a sum below zero, which no divergence has: that is 0.
+    """
+    return max(mean(torch.where(mask, kl, 0.0).sum(-1)), 0.0)
+
+
 def gathered(value: Value) -> list[Value]:
     """Every process's value, in the processes' order; anything that can be pickled."""
     if not _spread():

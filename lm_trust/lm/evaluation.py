@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_trust.core.processes import all_rows, gathered, mean
+from lm_trust.core.processes import all_rows, gathered, mean, mean_kl
 from lm_trust.intervals import clustered_mean
 from lm_trust.lm.generation import Completions
 from lm_trust.lm.policy import CausalPolicy
@@ -51,10 +51,8 @@ def divergence_and_perplexity(policy: CausalPolicy, completions: Completions) ->
     else:
         with policy.as_base():
             base = policy.distribution(completions.observations)
-    kl = torch.where(mask, own.kl(reference), 0.0).sum(-1)
     nats = torch.tensor(-mean(base.log_prob(tokens), mask), dtype=torch.float64)
-    # Of two nearly equal policies rounding can leave a sum below zero, which no divergence has.
-    return {"reference_kl": max(mean(kl), 0.0), "perplexity": nats.exp().item()}
+    return {"reference_kl": mean_kl(own.kl(reference), mask), "perplexity": nats.exp().item()}
 
 
 def evaluation_record(

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lm_trust.lm.policy import CausalPolicy, TokenObservations
-from lm_trust.lm.vocabulary_head import VocabularyCategorical
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,6 @@ def complete(
         torch.cat([prompts, tokens], -1), torch.cat([prompt_mask, real], -1), prompts.shape[1]
     )
     return Completions(observations, tokens, lengths, ended, engine_log_prob, step_states)
-
-
-def drawn_from(policy: CausalPolicy, completions: Completions) -> VocabularyCategorical:
-    """The distribution that the tokens were drawn from, of the policy that drew them: (B, T) categoricals over V."""
-    if completions.step_states is None:
-        return policy.distribution(completions.observations)
-    return policy.head(completions.step_states)
 
 
 @contextmanager

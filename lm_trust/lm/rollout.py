@@ -15,7 +15,7 @@ from lm_trust.core.processes import all_rows, mean, own_stream, share_of, summed
 from lm_trust.core.seeding import make_generator
 from lm_trust.lm.completion_texts import CompletionTexts
 from lm_trust.lm.evaluation import evaluation_record
-from lm_trust.lm.generation import Completions, GenerationEngine, decode, drawn_from, eos_ids, sample_completions
+from lm_trust.lm.generation import Completions, GenerationEngine, decode, eos_ids, sample_completions
 from lm_trust.lm.policy import CausalPolicy
 from lm_trust.lm.prompts import Prompts, PromptSampler
 from lm_trust.lm.reward_scaling import RewardScaler
@@ -99,8 +99,6 @@ class LanguageTask:
         completions, scores, paid = together(lambda: self._sampled(policy, rows, generator, self._engine))
         self._scaler.observe(all_rows(paid.totals))
         placed = self._placed(paid, completions)
-        with torch.no_grad():
-            old = drawn_from(policy, completions).detach()
         # One pass of the reference serves its distribution and the critic.
         with torch.no_grad(), policy.as_reference():
             states = policy.step_states(completions.observations, final=True)
@@ -120,7 +118,7 @@ class LanguageTask:
             mask=completions.mask,
             critic_inputs=states[:, :-1] if self._with_features else None,
             next_critic_inputs=states[:, 1:] if self._with_features else None,
-            old=old,
+            old=None if completions.step_states is None else policy.head(completions.step_states).detach(),
             reference=reference,
             engine_log_prob=completions.engine_log_prob,
             group_size=self._group_size,

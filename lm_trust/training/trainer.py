@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lm_trust.core.batch import Batch, Rollout
 from lm_trust.core.distributions import Distribution, per_step
 from lm_trust.core.parameters import trainable_parameters
-from lm_trust.core.processes import gathered, mean, placed_rows, require_alike
+from lm_trust.core.processes import gathered, mean, mean_kl, placed_rows, require_alike
 from lm_trust.core.report import StepReport
 from lm_trust.training.config_language import AdaptivePenalty, Mismatch
 from lm_trust.training.critic import Critic
@@ -236,8 +236,7 @@ class Trainer:
         if rest:
             reference_log_prob, kl = rest
             scores |= {"reference log-probability": reference_log_prob, "reference KL": kl}
-            # Of two equal policies rounding can leave a sum below zero, which no divergence has.
-            metrics["reference_kl"] = max(mean(torch.where(rollout.mask, kl, 0.0).sum(-1)), 0.0)
+            metrics["reference_kl"] = mean_kl(kl, rollout.mask)
             if self.reference_penalty:
                 log_ratio = torch.where(rollout.mask, log_prob - reference_log_prob, 0.0)
                 rewards = rewards - self.reference_penalty * log_ratio

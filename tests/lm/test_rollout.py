@@ -118,6 +118,16 @@ def test_the_old_policy_is_the_one_that_drew_and_takes_no_pass(make_policy, toke
     assert not rollout.old.hidden.requires_grad
 
 
+def test_an_old_policy_whose_states_are_not_kept_is_scored(make_policy, tokenizer, lm):
+    policy, task = make_policy(dtype=torch.float32, autocast="bfloat16"), lm.task(tokenizer, batch_size=8)
+    trainer = Trainer(policy, task, NoCritic(), TRPO(max_kl=0.01), Gae(whiten=False), iterations=1)
+    experience = trainer.experience()
+    assert experience.rollout.old is None
+    with torch.no_grad():
+        scored = policy.distribution(experience.rollout.observations)
+    assert torch.equal(experience.batch.old.hidden, scored.hidden)
+
+
 def test_without_a_critic_no_states_are_kept(make_policy, tokenizer, lm):
     rollout = lm.task(tokenizer, with_features=False).collect(make_policy())
     assert rollout.critic_inputs is None
